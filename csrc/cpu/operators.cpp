@@ -1,0 +1,131 @@
+// Tensor checks and registration of the CPU operators. The schemas are defined in ops.py.
+
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+#include <torch/version.h>
+
+#include <algorithm>
+#include <tuple>
+#include <vector>
+
+#include "squeeze.h"
+
+#define SEAATTN_TEXT(x) #x
+#define SEAATTN_EXPAND(x) SEAATTN_TEXT(x)
+
+// Read by native.py from the file, before it is loaded.
+extern "C" __attribute__((used, visibility("default"))) const char seaattn_build[] =
+    "seaattn_kernels build: torch=" TORCH_VERSION "; compiler=" __VERSION__
+    "; c++=" SEAATTN_EXPAND(__cplusplus) "; backends=cpu";
+
+namespace seaattn {
+namespace {
+
+// Elements that are worth a thread of their own.
+constexpr int64_t kGrain = 16384;
+
+#define SEAATTN_DISPATCH(dtype, name, ...)                                                  \
+  AT_DISPATCH_SWITCH(dtype, name,                                                           \
+                     AT_DISPATCH_CASE(at::kFloat, __VA_ARGS__)                              \
+                         AT_DISPATCH_CASE(at::kHalf, __VA_ARGS__)                           \
+                             AT_DISPATCH_CASE(at::kBFloat16, __VA_ARGS__))
+
+bool is_channels_last(const at::Tensor& x) {
+  return x.is_contiguous(at::MemoryFormat::ChannelsLast) && !x.is_contiguous();
+}
+
+std::tuple<at::Tensor, at::Tensor> axial_squeeze(const at::Tensor& input) {
+  TORCH_CHECK(input.dim() == 4, "axial_squeeze: x must be (B, C, H, W), got ", input.sizes());
+  TORCH_CHECK(input.size(2) > 0 && input.size(3) > 0, "axial_squeeze: empty H or W in ",
+              input.sizes());
+  const bool channels_last = is_channels_last(input);
+  // Rows of adjacent elements are read where they lie, however far apart the rows are.
+  const at::Tensor x =
+      channels_last || input.stride(3) == 1 || input.size(3) == 1 ? input : input.contiguous();
+  const int64_t batch = x.size(0), channels = x.size(1), height = x.size(2), width = x.size(3);
+  at::Tensor row = at::empty({batch, channels, height}, x.options());
+  at::Tensor column = at::empty({batch, channels, width}, x.options());
+
+  SEAATTN_DISPATCH(x.scalar_type(), "axial_squeeze", [&] {
+    const scalar_t* from = x.const_data_ptr<scalar_t>();
+    scalar_t* to_row = row.mutable_data_ptr<scalar_t>();
+    scalar_t* to_column = column.mutable_data_ptr<scalar_t>();
+    if (channels_last) {
+      const int64_t blocks = (channels + kChannelBlock - 1) / kChannelBlock;
+      const int64_t grain = std::max<int64_t>(1, kGrain / (height * width * kChannelBlock));
+      at::parallel_for(0, batch * blocks, grain, [&](int64_t begin, int64_t end) {
+        std::vector<double> scratch(width * kChannelBlock);
+        for (int64_t task = begin; task < end; ++task) {
+          const int64_t b = task / blocks, c = task % blocks * kChannelBlock;
+          squeeze_channels(from + b * height * width * channels + c, height, width,
+                           std::min(kChannelBlock, channels - c), channels,
+                           to_row + (b * channels + c) * height,
+                           to_column + (b * channels + c) * width, scratch.data());
+        }
+      });
+    } else {
+      const int64_t grain = std::max<int64_t>(1, kGrain / (height * width));
+      at::parallel_for(0, batch * channels, grain, [&](int64_t begin, int64_t end) {
+        std::vector<double> scratch(width);
+        for (int64_t plane = begin; plane < end; ++plane) {
+          const int64_t b = plane / channels, c = plane % channels;
+          squeeze_plane(from + b * x.stride(0) + c * x.stride(1), height, width, x.stride(2),
+                        to_row + plane * height, to_column + plane * width, scratch.data());
+        }
+      });
+    }
+  });
+  return {row, column};
+}
+
+at::Tensor axial_squeeze_backward(const at::Tensor& grad_row, const at::Tensor& grad_column,
+                                  bool channels_last) {
+  TORCH_CHECK(grad_row.dim() == 3 && grad_column.dim() == 3 &&
+                  grad_row.size(0) == grad_column.size(0) &&
+                  grad_row.size(1) == grad_column.size(1) &&
+                  grad_row.scalar_type() == grad_column.scalar_type(),
+              "axial_squeeze_backward: row and column must be (B, C, H) and (B, C, W) of one dtype, "
+              "got ", grad_row.sizes(), " ", grad_row.scalar_type(), " and ", grad_column.sizes(),
+              " ", grad_column.scalar_type());
+  const at::Tensor row = grad_row.contiguous(), column = grad_column.contiguous();
+  const int64_t batch = row.size(0), channels = row.size(1), height = row.size(2),
+                width = column.size(2);
+  at::Tensor grad = at::empty({batch, channels, height, width}, row.options(),
+                              channels_last ? at::MemoryFormat::ChannelsLast
+                                            : at::MemoryFormat::Contiguous);
+
+  SEAATTN_DISPATCH(row.scalar_type(), "axial_squeeze_backward", [&] {
+    const scalar_t* of_row = row.const_data_ptr<scalar_t>();
+    const scalar_t* of_column = column.const_data_ptr<scalar_t>();
+    scalar_t* to = grad.mutable_data_ptr<scalar_t>();
+    if (channels_last) {
+      at::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t b = begin; b < end; ++b) {
+          spread_channels(of_row + b * channels * height, of_column + b * channels * width, height,
+                          width, channels, to + b * channels * height * width);
+        }
+      });
+    } else {
+      const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, height * width));
+      at::parallel_for(0, batch * channels, grain, [&](int64_t begin, int64_t end) {
+        for (int64_t plane = begin; plane < end; ++plane) {
+          spread_plane(of_row + plane * height, of_column + plane * width, height, width,
+                       to + plane * height * width);
+        }
+      });
+    }
+  });
+  return grad;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(seaattn_kernels, CPU, library) {
+  library.impl("axial_squeeze.cpu", axial_squeeze);
+  library.impl("axial_squeeze_backward.cpu", axial_squeeze_backward);
+}
+
+}  // namespace seaattn

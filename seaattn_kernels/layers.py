@@ -1,0 +1,109 @@
+"""The layers a block is made of, with upstream's names, initialisation and state_dict keys."""
+
+import copy
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+#: Layers whose class alone says what they compute, and the name of that in the operators.
+_ACTIVATIONS = {
+    nn.Identity: "identity",
+    nn.ReLU: "relu",
+    nn.ReLU6: "relu6",
+    nn.LeakyReLU: "leaky_relu",
+    nn.SiLU: "silu",
+}
+ACTIVATION_LAYERS = tuple(_ACTIVATIONS)
+_NORMS = {"BN": nn.BatchNorm2d, "BN2d": nn.BatchNorm2d, "SyncBN": nn.SyncBatchNorm}
+
+
+def activation_name(layer: nn.Module) -> str | None:
+    """``"relu6"`` for an ``nn.ReLU6`` and so on; None for a layer of another class."""
+    return _ACTIVATIONS.get(type(layer))
+
+
+def make_activation(activation: str | type[nn.Module] | nn.Module | None) -> nn.Module:
+    """A new activation layer from its name, class or an instance; ReLU6 for None.
+
+    Raises:
+        ValueError: for a name or a layer that the operators do not compute.
+        TypeError: for anything else.
+    """
+    layer = nn.ReLU6() if activation is None else activation
+    if isinstance(layer, str):
+        layers = {name: kind for kind, name in _ACTIVATIONS.items()}
+        if layer not in layers:
+            raise ValueError(f"activation must be one of {tuple(layers)}, got {activation!r}")
+        return layers[layer]()
+    if isinstance(layer, type) and issubclass(layer, nn.Module):
+        layer = layer()
+    if not isinstance(layer, nn.Module):
+        raise TypeError(f"activation must be a name, an nn.Module or its class, got {activation!r}")
+    if activation_name(layer) is None:
+        known = ", ".join(kind.__name__ for kind in _ACTIVATIONS)
+        raise ValueError(f"activation must be one of {known}, got {activation!r}")
+    return copy.deepcopy(layer)
+
+
+def make_norm(norm_cfg: Mapping | None, channels: int) -> nn.Module:
+    """A normalisation layer from a config such as ``dict(type="BN", eps=1e-5, requires_grad=True)``.
+
+    Raises:
+        ValueError: for a type other than BN, BN2d and SyncBN.
+    """
+    options = {"type": "BN", **(norm_cfg or {})}
+    kind = options.pop("type")
+    requires_grad = options.pop("requires_grad", True)
+    if kind not in _NORMS:
+        raise ValueError(f"norm_cfg['type'] must be one of {tuple(_NORMS)}, got {kind!r}")
+    norm = _NORMS[kind](channels, **options)
+    for parameter in norm.parameters():
+        parameter.requires_grad = requires_grad
+    return norm
+
+
+class Conv2d_BN(nn.Sequential):
+    """A convolution without bias, ``c``, and its batch normalisation, ``bn``."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 1,
+        stride: int = 1,
+        padding: int = 0,
+        groups: int = 1,
+        bn_weight: float = 1.0,
+        norm_cfg: Mapping | None = None,
+    ) -> None:
+        super().__init__()
+        self.c = nn.Conv2d(
+            in_channels, out_channels, kernel_size, stride, padding, groups=groups, bias=False
+        )
+        self.bn = make_norm(norm_cfg, out_channels)
+        if self.bn.affine:
+            nn.init.constant_(self.bn.weight, bn_weight)
+            nn.init.zeros_(self.bn.bias)
+
+
+class HSigmoid(nn.Module):
+    """``relu6(x + 3) / 6``"""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu6(x + 3) / 6
+
+
+class SqueezeAxialPositionalEmbedding(nn.Module):
+    """Adds a learned ``(1, channels, length)`` table, interpolated to the axis: ``(B, C, N)``."""
+
+    def __init__(self, channels: int, length: int) -> None:
+        super().__init__()
+        self.pos_embed = nn.Parameter(torch.randn(1, channels, length))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + F.interpolate(
+            self.pos_embed, size=x.shape[2], mode="linear", align_corners=False
+        )

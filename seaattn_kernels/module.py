@@ -1,0 +1,207 @@
+"""``SeaAttention``: upstream's module, on the operators of this package."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from seaattn_kernels import ops, reference
+from seaattn_kernels.fold import FoldCache
+from seaattn_kernels.layers import (
+    ACTIVATION_LAYERS,
+    Conv2d_BN,
+    HSigmoid,
+    SqueezeAxialPositionalEmbedding,
+    activation_name,
+    make_activation,
+)
+
+#: Length of the learned position tables.
+_POSITIONS = 16
+
+
+class SeaAttention(nn.Module):
+    """Squeeze-enhanced axial attention (SeaFormer, arXiv 2301.13156, section 3.2).
+
+    ::
+
+        q, k, v = BN(Wq x), BN(Wk x), BN(Wv x)
+        row     = BN(Wer act(attention of the row means))        column the same
+        gate    = h_sigmoid(BN(Wp act(v + row[..., :, None] + column[..., None, :])))
+        detail  = BN(Wpw act(BN(dw3x3(cat(q, k, v)))))
+        out     = gate * detail
+
+    ``(B, C, H, W) -> (B, C, H, W)``, in the layout and dtype of the input (autocast's under
+    autocast). Parameters, buffers, their names and their initialisation are upstream's; proj and
+    the two encodes start with a BatchNorm weight of 0, so a fresh block puts out ``0.5 * detail``.
+
+    In eval mode without gradients the block runs from folded weights, :func:`ops.sea_attention`;
+    they follow every change of the parameters except writes through ``.data`` (then call
+    :meth:`refold`). Otherwise it runs its submodules and the differentiable operators. A forward
+    hook on a submodule makes it run all of them, one by one.
+
+    Args:
+        dim: channels C.
+        key_dim: D, channels of a query or key of one head.
+        num_heads: number of heads.
+        attn_ratio: a head's values have ``E = int(attn_ratio * D)`` channels.
+        activation: ``"relu"``, ``"relu6"``, ``"leaky_relu"``, ``"silu"``, ``"identity"``, the
+            ``nn`` class or an instance of it; None means ReLU6.
+        norm_cfg: None or ``dict(type="BN" | "BN2d" | "SyncBN", eps=..., momentum=...,
+            requires_grad=...)``.
+        backend: ``"auto"``, ``"reference"``, ``"triton"``, ``"cpu"`` or ``"cuda"``; an explicit one
+            never falls back.
+
+    Raises:
+        TypeError, ValueError: for a bad argument, or an input of wrong type, dtype, rank, channels.
+        RuntimeError: where an explicit backend cannot run, with the reason.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        key_dim: int = 16,
+        num_heads: int = 4,
+        attn_ratio: float = 2,
+        activation: str | type[nn.Module] | nn.Module | None = None,
+        norm_cfg: Mapping | None = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        for name, value in (("dim", dim), ("key_dim", key_dim), ("num_heads", num_heads)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        if int(attn_ratio * key_dim) < 1:
+            raise ValueError(f"attn_ratio * key_dim must be at least 1, got {attn_ratio} * {key_dim}")
+        ops.check_backend(backend)
+        self.backend = backend
+        self.num_heads = num_heads
+        self.key_dim = key_dim
+        self.scale = key_dim**-0.5
+        self.attn_ratio = attn_ratio
+        self.d = int(attn_ratio * key_dim)
+        self.nh_kd = keys = key_dim * num_heads
+        self.dh = values = self.d * num_heads
+        projected = 2 * keys + values
+
+        def encode(channels: int) -> nn.Sequential:
+            layer = Conv2d_BN(values, channels, bn_weight=0.0, norm_cfg=norm_cfg)
+            return nn.Sequential(make_activation(activation), layer)
+
+        # The order is upstream's: a seed gives the same weights.
+        self.to_q = Conv2d_BN(dim, keys, norm_cfg=norm_cfg)
+        self.to_k = Conv2d_BN(dim, keys, norm_cfg=norm_cfg)
+        self.to_v = Conv2d_BN(dim, values, norm_cfg=norm_cfg)
+        self.proj = encode(dim)
+        self.proj_encode_row = encode(values)
+        self.pos_emb_rowq = SqueezeAxialPositionalEmbedding(keys, _POSITIONS)
+        self.pos_emb_rowk = SqueezeAxialPositionalEmbedding(keys, _POSITIONS)
+        self.proj_encode_column = encode(values)
+        self.pos_emb_columnq = SqueezeAxialPositionalEmbedding(keys, _POSITIONS)
+        self.pos_emb_columnk = SqueezeAxialPositionalEmbedding(keys, _POSITIONS)
+        self.dwconv = Conv2d_BN(
+            projected, projected, kernel_size=3, padding=1, groups=projected, norm_cfg=norm_cfg
+        )
+        self.act = make_activation(activation)
+        self.pwconv = Conv2d_BN(projected, dim, norm_cfg=norm_cfg)
+        self.sigmoid = HSigmoid()
+        self._folds = FoldCache()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (torch.is_grad_enabled() and self._differentiates(x)):
+            folded = self._folds.get(self)
+            if folded is not None:
+                return ops.sea_attention(x, folded, self.backend)
+        ops.check_input(x, self.to_q.c.weight)
+        return reference.follow_layout(self._forward_layers(x), x)
+
+    def refold(self) -> None:
+        """Forget the folded weights; needed only after a write through ``.data``."""
+        self._folds.drop()
+
+    def train(self, mode: bool = True) -> "SeaAttention":
+        self._folds.drop()
+        return super().train(mode)
+
+    def extra_repr(self) -> str:
+        return f"key_dim={self.key_dim}, num_heads={self.num_heads}, backend={self.backend!r}"
+
+    def _differentiates(self, x: Tensor) -> bool:
+        if any(parameter.requires_grad for parameter in self.parameters()):
+            if not torch.compiler.is_compiling():
+                self._folds.suspend()
+            return True
+        return isinstance(x, Tensor) and x.requires_grad
+
+    def _forward_layers(self, x: Tensor) -> Tensor:
+        """The submodules, with the operators in place of those that :meth:`_bypass_obstacle` checks."""
+        if reason := self._bypass_obstacle():
+            if self.backend not in ("auto", "reference"):
+                raise RuntimeError(f"backend {self.backend!r} cannot run this block: {reason}")
+            return reference.sea_attention(self, x)
+        activation = activation_name(self.proj[0])
+        negative_slope = getattr(self.proj[0], "negative_slope", 0.0)
+        tables = [
+            layer.pos_embed
+            for layer in (
+                self.pos_emb_rowq, self.pos_emb_rowk, self.pos_emb_columnq, self.pos_emb_columnk,
+            )
+        ]  # fmt: skip
+        q, k, v = self.to_q(x), self.to_k(x), self.to_v(x)
+        qkv = torch.cat([q, k, v], dim=1)
+        row, column = ops.axial_squeeze(qkv, self.backend)
+        row, column = ops.axial_attention_pair(
+            row, column, tables, self.num_heads, self.key_dim, self.scale, self.backend
+        )
+        row = self.proj_encode_row(row[..., :, None])[..., 0]
+        column = self.proj_encode_column(column[..., None, :])[..., 0, :]
+        mixed = ops.broadcast_add(v, row, column, activation, negative_slope, self.backend)
+        detail = self.pwconv(self.act(self.dwconv(qkv)))
+        return ops.gate(self.proj[1](mixed), detail, backend=self.backend)
+
+    def _bypass_obstacle(self) -> str | None:
+        """Why the operators cannot stand in for the submodules that are not called, or None."""
+        bypassed = {
+            "proj": (self.proj, nn.Sequential),
+            "proj.0": (self.proj[0], *ACTIVATION_LAYERS),
+            "sigmoid": (self.sigmoid, HSigmoid),
+            "pos_emb_rowq": (self.pos_emb_rowq, SqueezeAxialPositionalEmbedding),
+            "pos_emb_rowk": (self.pos_emb_rowk, SqueezeAxialPositionalEmbedding),
+            "pos_emb_columnq": (self.pos_emb_columnq, SqueezeAxialPositionalEmbedding),
+            "pos_emb_columnk": (self.pos_emb_columnk, SqueezeAxialPositionalEmbedding),
+        }
+        for name, (layer, *kinds) in bypassed.items():
+            if type(layer) not in kinds:
+                return f"{name} is {type(layer).__name__}"
+            if (
+                layer._forward_hooks
+                or layer._forward_pre_hooks
+                or layer._backward_hooks
+                or layer._backward_pre_hooks
+            ):
+                return f"{name} carries a hook"
+        return None
+
+    def _apply(self, *args, **kwargs) -> "SeaAttention":
+        self._folds.drop()
+        return super()._apply(*args, **kwargs)
+
+    def __getstate__(self) -> dict:
+        # Copies and pickles fold for themselves.
+        state = self.__dict__.copy()
+        state.pop("_folds")
+        return state
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._folds = FoldCache()
+
+    def _replicate_for_data_parallel(self) -> "SeaAttention":
+        replica = super()._replicate_for_data_parallel()
+        replica._folds = FoldCache()
+        # A replica lives for one forward, and its parameters are no parameters: nothing to keep.
+        replica._folds.suspend()
+        return replica
+
+
+Sea_Attention = SeaAttention

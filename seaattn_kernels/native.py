@@ -1,0 +1,52 @@
+"""The door to the compiled library ``seaattn_kernels._C``: loads it, or says why it is missing."""
+
+import re
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import torch
+
+_MARK = re.compile(rb"seaattn_kernels build: ([^\0]*)\0")
+
+
+def _minor(version: str) -> str:
+    return ".".join(version.split("+")[0].split(".")[:2])
+
+
+def read_build(path: Path) -> dict[str, str]:
+    """What a library says of its build, without loading it (another torch could not load it)."""
+    match = _MARK.search(path.read_bytes())
+    if match is None:
+        return {}
+    fields = (field.split("=", 1) for field in match[1].decode().split("; "))
+    return {key: value for key, value in fields}
+
+
+def mismatch(build: dict[str, str], torch_version: str) -> str | None:
+    """Why a library of this build does not fit that torch: the ABI holds within a minor version."""
+    built = build.get("torch", "unknown")
+    if _minor(built) == _minor(torch_version):
+        return None
+    return (
+        f"the compiled library was built against torch {built}, torch {torch_version} is installed:"
+        " install seaattn_kernels again"
+    )
+
+
+def _load() -> tuple[dict[str, str], str | None]:
+    folder = Path(__file__).parent
+    path = next((p for s in EXTENSION_SUFFIXES if (p := folder / f"_C{s}").exists()), None)
+    if path is None:
+        return {}, "the compiled library is not built (pip install with a C++ compiler builds it)"
+    build = read_build(path)
+    reason = mismatch(build, torch.__version__)
+    if reason is None:
+        try:
+            torch.ops.load_library(path)
+        except OSError as error:
+            reason = f"the compiled library does not load: {error}"
+    return build, reason
+
+
+#: How the library was built (empty without one), and why it cannot be used (None where it can).
+BUILD, REASON = _load()

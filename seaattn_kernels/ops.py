@@ -1,0 +1,548 @@
+"""The operators: argument checks, schemas, fakes, autograd, autocast and the choice of a backend.
+
+Every public function checks its arguments, settles the backend, and calls one registered overload
+``torch.ops.seaattn_kernels.<operator>.<backend>``. The schemas are defined here, once; the compiled
+library adds kernels to them. The ``reference`` overloads are composite: autograd, ``torch.compile``
+and exporters see the plain PyTorch they are made of. The others are opaque and bring a fake, a
+backward operator and a FLOP formula.
+
+Common to all: tensors share one device and one dtype out of float16, bfloat16, float32, float64
+(``TypeError`` and ``ValueError`` name the argument otherwise); float64 runs on the reference only;
+an empty batch gives an empty result; inputs are never modified and never aliased. A result of map
+shape is channels_last where the first map is channels_last and not also contiguous, else contiguous.
+Under autocast the attentions and the block cast to its dtype, the other operators promote.
+"""
+
+import os
+import warnings
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from seaattn_kernels import native, reference
+from seaattn_kernels.reference import ACTIVATIONS
+
+BACKENDS = ("auto", "reference", "triton", "cpu", "cuda")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+#: What "auto" stands for; "auto" here means the best backend of the tensor's device.
+_AUTO = os.environ.get("SEAATTN_BACKEND") or "auto"
+
+_LIBRARY = torch.library.Library("seaattn_kernels", "DEF")
+_SCHEMAS = {
+    "axial_squeeze": "(Tensor x) -> (Tensor, Tensor)",
+    "axial_squeeze_backward": "(Tensor row, Tensor column, bool channels_last) -> Tensor",
+    "axial_attention": "(Tensor q, Tensor k, Tensor v, int heads, float scale) -> Tensor",
+    "axial_attention_pair": (
+        "(Tensor row, Tensor column, Tensor row_q, Tensor row_k, Tensor column_q, Tensor column_k, "
+        "int heads, int key_dim, float scale) -> (Tensor, Tensor)"
+    ),
+    "broadcast_add": (
+        "(Tensor v, Tensor row, Tensor column, int activation, float negative_slope) -> Tensor"
+    ),
+    "gate": "(Tensor x, Tensor y, bool hard) -> Tensor",
+    "sea_attention": (
+        "(Tensor x, Tensor[] weights, int heads, int key_dim, int activation, "
+        "float negative_slope, bool hard) -> Tensor"
+    ),
+}
+#: The operators that each backend has in this version.
+_OPERATORS = {
+    "reference": tuple(name for name in _SCHEMAS if not name.endswith("_backward")),
+    "cpu": ("axial_squeeze",),
+    "triton": (),
+    "cuda": (),
+}
+
+
+# --- overloads -------------------------------------------------------------------------------
+
+
+def _reference_broadcast_add(v, row, column, activation, negative_slope):
+    return reference.broadcast_add(v, row, column, ACTIVATIONS[activation], negative_slope)
+
+
+def _reference_sea_attention(x, weights, heads, key_dim, activation, negative_slope, hard):
+    name = ACTIVATIONS[activation]
+    return reference.sea_attention_folded(x, weights, heads, key_dim, name, negative_slope, hard)
+
+
+_REFERENCE = {
+    "axial_squeeze": reference.axial_squeeze,
+    "axial_attention": reference.axial_attention,
+    "axial_attention_pair": reference.axial_attention_pair,
+    "broadcast_add": _reference_broadcast_add,
+    "gate": reference.gate,
+    "sea_attention": _reference_sea_attention,
+}
+
+
+def _fake_axial_squeeze(x):
+    b, c, h, w = x.shape
+    return x.new_empty(b, c, h), x.new_empty(b, c, w)
+
+
+def _fake_axial_squeeze_backward(row, column, channels_last):
+    b, c, h = row.shape
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(
+        (b, c, h, column.shape[2]), dtype=row.dtype, device=row.device, memory_format=layout
+    )
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
+def _setup_axial_squeeze(ctx, inputs, output):
+    ctx.channels_last = _is_channels_last(inputs[0])
+
+
+def _register_axial_squeeze(backend: str) -> None:
+    """Fakes and autograd. The adjoint of the squeeze is linear, and its own adjoint the squeeze."""
+    name = f"seaattn_kernels::axial_squeeze.{backend}"
+    backward_name = f"seaattn_kernels::axial_squeeze_backward.{backend}"
+    packet = torch.ops.seaattn_kernels
+    squeeze = getattr(packet.axial_squeeze, backend)
+    spread = getattr(packet.axial_squeeze_backward, backend)
+
+    def backward(ctx, grad_row, grad_column):
+        return spread(grad_row, grad_column, ctx.channels_last)
+
+    def double_backward(ctx, grad):
+        return *squeeze(grad), None
+
+    torch.library.register_fake(name, _fake_axial_squeeze, lib=_LIBRARY)
+    torch.library.register_fake(backward_name, _fake_axial_squeeze_backward, lib=_LIBRARY)
+    torch.library.register_autograd(
+        name, backward, setup_context=_setup_axial_squeeze, lib=_LIBRARY
+    )
+    torch.library.register_autograd(backward_name, double_backward, lib=_LIBRARY)
+
+
+def _define_overloads() -> dict[str, dict[str, torch._ops.OpOverload]]:
+    overloads: dict[str, dict[str, torch._ops.OpOverload]] = {name: {} for name in _SCHEMAS}
+    for backend, operators in _OPERATORS.items():
+        for name in operators:
+            schemas = [name]
+            if backend != "reference" and f"{name}_backward" in _SCHEMAS:
+                schemas.append(f"{name}_backward")
+            for schema in schemas:
+                _LIBRARY.define(f"{schema}.{backend}{_SCHEMAS[schema]}")
+                overloads[schema][backend] = getattr(
+                    getattr(torch.ops.seaattn_kernels, schema), backend
+                )
+    for name, function in _REFERENCE.items():
+        _LIBRARY.impl(f"{name}.reference", function, "CompositeImplicitAutograd")
+    _register_axial_squeeze("cpu")
+    return overloads
+
+
+_OVERLOADS = _define_overloads()
+
+
+# --- FLOP formulas: two for a multiply-add of a matrix product, as torch counts; the rest is free --
+
+
+@register_flop_formula(torch.ops.seaattn_kernels.axial_squeeze)
+def _flops_axial_squeeze(x, *args, out_shape=None, **kwargs) -> int:
+    return 0
+
+
+@register_flop_formula(torch.ops.seaattn_kernels.axial_attention)
+def _flops_axial_attention(q, k, v, heads, *args, out_shape=None, **kwargs) -> int:
+    b, keys, n = q
+    return 2 * b * n * n * (keys + v[1])
+
+
+@register_flop_formula(torch.ops.seaattn_kernels.axial_attention_pair)
+def _flops_axial_attention_pair(row, column, rq, rk, cq, ck, heads, key_dim, *args, **kwargs) -> int:
+    b, projected, h = row
+    width = projected - heads * key_dim
+    return 2 * b * width * (h * h + column[2] ** 2)
+
+
+@register_flop_formula(torch.ops.seaattn_kernels.broadcast_add)
+def _flops_broadcast_add(*args, **kwargs) -> int:
+    return 0
+
+
+@register_flop_formula(torch.ops.seaattn_kernels.gate)
+def _flops_gate(*args, **kwargs) -> int:
+    return 0
+
+
+@register_flop_formula(torch.ops.seaattn_kernels.sea_attention)
+def _flops_sea_attention(x, weights, heads, key_dim, *args, out_shape=None, **kwargs) -> int:
+    b, c, h, w = x
+    projected, values = weights[0][0], weights[6][0]
+    pixel = c * projected + 9 * projected + projected * c + values * c
+    axis = values * values
+    if reference.squeeze_first(c, projected, h, w):
+        axis += c * projected
+    attention = (heads * key_dim + values) * (h * h + w * w)
+    return 2 * b * (h * w * pixel + (h + w) * axis + attention)
+
+
+# --- choice of a backend ---------------------------------------------------------------------
+
+_warned: set[str] = set()
+
+
+def refusal(operator: str, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why ``backend`` cannot run ``operator`` on such tensors, or None where it can."""
+    if backend == "reference":
+        return None
+    if operator not in _OPERATORS[backend]:
+        return f"this version has no {backend} implementation of {operator}"
+    if backend == "cpu" and native.REASON is not None:
+        return native.REASON
+    if backend == "cpu" and device.type != "cpu":
+        return f"backend 'cpu' needs CPU tensors, got {device}"
+    if dtype is torch.float64:
+        return f"backend {backend!r} does not compute in float64; 'reference' does"
+    return None
+
+
+def check_backend(backend: str) -> None:
+    """Raise ``ValueError`` unless ``backend`` is one of :data:`BACKENDS`."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+
+
+def choose(operator: str, backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend that runs: the one asked for, or for "auto" the best that can.
+
+    Raises ``RuntimeError`` with the reason where an explicit backend cannot run. "auto" warns once
+    a reason where it falls back to the reference.
+    """
+    check_backend(backend)
+    if backend != "auto":
+        if reason := refusal(operator, backend, device, dtype):
+            raise RuntimeError(f"{operator}: {reason}")
+        return backend
+    if _AUTO not in BACKENDS:
+        raise ValueError(f"SEAATTN_BACKEND must be one of {BACKENDS}, got {_AUTO!r}")
+    preferred = _AUTO
+    if preferred == "auto":
+        preferred = device.type if device.type in ("cpu", "cuda") else "reference"
+        if operator not in _OPERATORS[preferred]:
+            return "reference"
+    reason = refusal(operator, preferred, device, dtype)
+    if reason is None:
+        return preferred
+    if dtype is not torch.float64 and not torch.compiler.is_compiling() and reason not in _warned:
+        _warned.add(reason)
+        warnings.warn(f"seaattn_kernels uses plain PyTorch: {reason}", stacklevel=3)
+    return "reference"
+
+
+def _overload(operator: str, backend: str, x: Tensor) -> torch._ops.OpOverload:
+    return _OVERLOADS[operator][choose(operator, backend, x.device, x.dtype)]
+
+
+# --- checks ----------------------------------------------------------------------------------
+
+
+def _describe(x) -> str:
+    if not isinstance(x, Tensor):
+        return f"{type(x).__name__} {x!r}"
+    return f"shape {tuple(x.shape)}, {x.dtype}, {x.device}"
+
+
+def _check_tensor(name: str, x, layout: str) -> None:
+    """Rank and dtype of one argument; ``layout`` reads like ``"B, C, H, W"``."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor ({layout}), got {_describe(x)}")
+    if x.dim() != layout.count(",") + 1:
+        raise ValueError(f"{name} must have the shape ({layout}), got {_describe(x)}")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {_describe(x)}")
+    if 0 in x.shape[1:]:
+        raise ValueError(f"{name} ({layout}) may be empty in B only, got {_describe(x)}")
+
+
+def _check_shape(name: str, x: Tensor, expected: Sequence[int], why: str) -> None:
+    if tuple(x.shape) != tuple(expected):
+        raise ValueError(f"{name} must have shape {tuple(expected)} {why}, got {_describe(x)}")
+
+
+def _check_positive(name: str, value) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)) or value < 1:
+        raise ValueError(f"{name} must be a positive integer, got {value!r}")
+
+
+def _check_divides(heads: int, **tensors: Tensor) -> None:
+    _check_positive("heads", heads)
+    for name, x in tensors.items():
+        if x.shape[1] % heads:
+            raise ValueError(f"{name} must have a multiple of heads={heads} channels, got {_describe(x)}")
+
+
+def _autocast_dtype(device: torch.device) -> torch.dtype | None:
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return None
+
+
+def _autocast_off(device: torch.device):
+    """The tensors are cast: nothing inside an operator may be cast again."""
+    if _autocast_dtype(device) is None:
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
+def _unify(names: str, tensors: Sequence[Tensor], cast: bool) -> Sequence[Tensor]:
+    """One device, one dtype. Under autocast: its dtype where ``cast``, else the widest one's."""
+    first = tensors[0]
+    for name, x in zip(names.split(), tensors, strict=True):
+        if x.device != first.device:
+            raise ValueError(f"{name} is on {x.device}, {names.split()[0]} on {first.device}")
+    target = _autocast_dtype(first.device)
+    if target is not None:
+        if not cast:
+            target = first.dtype
+            for x in tensors:
+                target = torch.promote_types(target, x.dtype)
+            return [x.to(target) for x in tensors]
+        return [x if x.dtype is torch.float64 else x.to(target) for x in tensors]
+    for name, x in zip(names.split(), tensors, strict=True):
+        if x.dtype is not first.dtype:
+            raise TypeError(f"{name} is {x.dtype}, {names.split()[0]} is {first.dtype}")
+    return tensors
+
+
+def check_input(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> None:
+    """Raise unless ``x`` is a map for a block whose first product has this ``(NQ, C, ...)`` weight.
+
+    ``dtype`` is the block's, by default the weight's; under autocast any float dtype will do.
+    """
+    _check_tensor("x", x, "B, C, H, W")
+    dtype = dtype or weight.dtype
+    if x.shape[1] != weight.shape[1]:
+        raise ValueError(f"x must have C={weight.shape[1]} channels, got {_describe(x)}")
+    if x.device != weight.device:
+        raise ValueError(f"x is on {x.device}, the weights are on {weight.device}")
+    if x.dtype is not dtype:
+        double = x.dtype is torch.float64 or dtype is torch.float64
+        if double or _autocast_dtype(x.device) is None:
+            raise TypeError(f"x is {x.dtype}, the weights are {dtype}")
+
+
+def activation_code(activation: str) -> int:
+    """The number that stands for an activation in a schema; ``ValueError`` for an unknown name."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
+    return ACTIVATIONS.index(activation)
+
+
+# --- public functions ------------------------------------------------------------------------
+
+
+def axial_squeeze(x: Tensor, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """Row and column means of a map: the squeeze of SeaFormer (arXiv 2301.13156, section 3.2).
+
+    ``row[b,c,i] = mean_j x[b,c,i,j]``, ``column[b,c,j] = mean_i x[b,c,i,j]``.
+
+    Args:
+        x: ``(B, C, H, W)``, any strides. Sums run in float32 at least (float64 on ``cpu``).
+        backend: see :data:`BACKENDS`.
+
+    Returns:
+        ``(B, C, H)`` and ``(B, C, W)``, contiguous, of x's dtype; differentiable any number of times.
+
+    Raises:
+        TypeError, ValueError: for a wrong dtype, rank or an empty H, W or C.
+        RuntimeError: where an explicit backend cannot run, with the reason.
+    """
+    _check_tensor("x", x, "B, C, H, W")
+    return _overload("axial_squeeze", backend, x)(x)
+
+
+def axial_attention(
+    q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float, backend: str = "auto"
+) -> Tensor:
+    """Softmax attention along one squeezed axis (arXiv 2301.13156, section 3.2).
+
+    ``o[:, i] = sum_j softmax_j(scale * q[:, i] . k[:, j]) v[:, j]`` within each head.
+
+    Args:
+        q, k: ``(B, heads*D, N)``; position tables already added.
+        v: ``(B, heads*E, N)``.
+        heads: number of heads; channels of a head are neighbours.
+        scale: factor of the scores, ``D**-0.5`` in SeaFormer.
+        backend: see :data:`BACKENDS`.
+
+    Returns:
+        ``(B, heads*E, N)``, contiguous; products accumulate in float32 at least.
+
+    Raises:
+        TypeError, ValueError: for wrong or mixed dtypes, devices, shapes.
+        RuntimeError: where an explicit backend cannot run, with the reason.
+    """
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        _check_tensor(name, x, "B, channels, N")
+    _check_shape("k", k, q.shape, "like q")
+    _check_shape("v", v, (q.shape[0], v.shape[1], q.shape[2]), "in B and N like q")
+    _check_divides(heads, q=q, v=v)
+    q, k, v = _unify("q k v", (q, k, v), cast=True)
+    overload = _overload("axial_attention", backend, q)
+    with _autocast_off(q.device):
+        return overload(q, k, v, heads, scale)
+
+
+def axial_attention_pair(
+    row: Tensor,
+    column: Tensor,
+    tables: Sequence[Tensor],
+    heads: int,
+    key_dim: int,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Both axial attentions of a block at once (arXiv 2301.13156, section 3.2).
+
+    Splits each axis into q, k, v, adds the position tables, interpolated linearly
+    (``align_corners=False``) to the length of the axis, to q and k, and attends within each head.
+
+    Args:
+        row: ``(B, NQ, H)``, the squeezed q, k, v channels in this order, ``NQ = heads*(2D + E)``.
+        column: ``(B, NQ, W)``.
+        tables: four of ``(1, heads*D, P)``: of the row's q and k, of the column's q and k.
+        heads: number of heads.
+        key_dim: ``D``.
+        scale: factor of the scores; ``D**-0.5`` if None.
+        backend: see :data:`BACKENDS`.
+
+    Returns:
+        ``(B, heads*E, H)`` and ``(B, heads*E, W)``; differentiable in all six tensors.
+
+    Raises:
+        TypeError, ValueError: for wrong or mixed dtypes, devices, shapes.
+        RuntimeError: where an explicit backend cannot run, with the reason.
+    """
+    _check_tensor("row", row, "B, NQ, H")
+    _check_tensor("column", column, "B, NQ, W")
+    _check_shape("column", column, (*row.shape[:2], column.shape[2]), "in B and NQ like row")
+    _check_positive("key_dim", key_dim)
+    _check_divides(heads, row=row)
+    if row.shape[1] <= 2 * heads * key_dim:
+        raise ValueError(
+            f"row must have more than 2*heads*key_dim = {2 * heads * key_dim} channels, "
+            f"got {_describe(row)}"
+        )
+    if len(tables) != 4:
+        raise ValueError(f"tables must be four tensors, got {len(tables)}")
+    names = "row column tables[0] tables[1] tables[2] tables[3]"
+    for name, table in zip(names.split()[2:], tables, strict=True):
+        _check_tensor(name, table, "1, heads*D, P")
+        _check_shape(name, table, (1, heads * key_dim, table.shape[2]), "(1, heads*D, P)")
+    tensors = _unify(names, (row, column, *tables), cast=True)
+    overload = _overload("axial_attention_pair", backend, tensors[0])
+    with _autocast_off(row.device):
+        return overload(*tensors, heads, key_dim, key_dim**-0.5 if scale is None else scale)
+
+
+def broadcast_add(
+    v: Tensor,
+    row: Tensor,
+    column: Tensor,
+    activation: str = "identity",
+    negative_slope: float = 0.01,
+    backend: str = "auto",
+) -> Tensor:
+    """Add a row and a column vector to a map, then activate.
+
+    ``out[b,c,i,j] = act(v[b,c,i,j] + row[b,c,i] + column[b,c,j])``
+
+    Args:
+        v: ``(B, C, H, W)``.
+        row: ``(B, C, H)``.
+        column: ``(B, C, W)``.
+        activation: one of ``reference.ACTIVATIONS``.
+        negative_slope: of ``leaky_relu``.
+        backend: see :data:`BACKENDS`.
+
+    Returns:
+        ``(B, C, H, W)`` in the layout of v; NaN goes through, gradients at a kink are PyTorch's.
+
+    Raises:
+        TypeError, ValueError: for wrong or mixed dtypes, devices, shapes, an unknown activation.
+        RuntimeError: where an explicit backend cannot run, with the reason.
+    """
+    _check_tensor("v", v, "B, C, H, W")
+    _check_tensor("row", row, "B, C, H")
+    _check_tensor("column", column, "B, C, W")
+    b, c, h, w = v.shape
+    _check_shape("row", row, (b, c, h), "like v without W")
+    _check_shape("column", column, (b, c, w), "like v without H")
+    code = activation_code(activation)
+    v, row, column = _unify("v row column", (v, row, column), cast=False)
+    return _overload("broadcast_add", backend, v)(v, row, column, code, float(negative_slope))
+
+
+def gate(x: Tensor, y: Tensor, hard: bool = True, backend: str = "auto") -> Tensor:
+    """Weigh one map by the sigmoid of another: ``h_sigmoid(x) * y`` (or ``sigmoid(x) * y``).
+
+    ``h_sigmoid(t) = relu6(t + 3) / 6``; its gradient is 0 at the bounds -3 and 3 themselves.
+
+    Args:
+        x, y: ``(B, C, H, W)``.
+        hard: the piecewise linear sigmoid of upstream; the true one if False.
+        backend: see :data:`BACKENDS`.
+
+    Returns:
+        ``(B, C, H, W)`` in the layout of x.
+
+    Raises:
+        TypeError, ValueError: for wrong or mixed dtypes, devices, shapes.
+        RuntimeError: where an explicit backend cannot run, with the reason.
+    """
+    _check_tensor("x", x, "B, C, H, W")
+    _check_tensor("y", y, "B, C, H, W")
+    _check_shape("y", y, x.shape, "like x")
+    x, y = _unify("x y", (x, y), cast=False)
+    return _overload("gate", backend, x)(x, y, bool(hard))
+
+
+def sea_attention(x: Tensor, folded, backend: str = "auto") -> Tensor:
+    """The whole block in eval mode from folded weights (arXiv 2301.13156, section 3.2).
+
+    ``out = sigmoid(proj(act(v + row + column))) * pwconv(act(dwconv(qkv)))``, the axis vectors taken
+    from the means of x, or of the projected map where that is cheaper. No autograd: for gradients
+    call the module.
+
+    Args:
+        x: ``(B, C, H, W)``, C as the block was made for.
+        folded: :class:`seaattn_kernels.fold.FoldedWeights`; weights are cast to x's dtype once,
+            biases and position tables stay float32 (float64 for a float64 block).
+        backend: see :data:`BACKENDS`.
+
+    Returns:
+        ``(B, C, H, W)`` in the layout and dtype of x (under autocast in its dtype).
+
+    Raises:
+        TypeError, ValueError: for a wrong dtype, rank or number of channels, or another device.
+        RuntimeError: where x needs a gradient, or an explicit backend cannot run, with the reason.
+    """
+    check_input(x, folded.convolutions[0], folded.module_dtype)
+    if x.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError("sea_attention has no backward: call the module, or use torch.no_grad()")
+    target = _autocast_dtype(x.device)
+    if target is not None and x.dtype is not torch.float64:
+        x = x.to(target)
+    overload = _overload("sea_attention", backend, x)
+    with _autocast_off(x.device):
+        return overload(
+            x,
+            folded.weights(x.dtype, x.shape[2], x.shape[3]),
+            folded.heads,
+            folded.key_dim,
+            folded.activation_code,
+            folded.negative_slope,
+            folded.hard,
+        )
