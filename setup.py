@@ -1,4 +1,4 @@
-"""Builds the optional compiled library ``seaattn_kernels._C``; everything else is in pyproject.toml.
+"""Builds the optional compiled library ``seaattn_kernels._C``; the rest is in pyproject.toml.
 
 SEAATTN_SKIP_BUILD=1   pure Python
 SEAATTN_FORCE_BUILD=1  a library, or an error
@@ -19,7 +19,9 @@ def missing() -> str | None:
     try:
         import torch  # noqa: F401
     except ImportError:
-        return "torch is not importable here (install it first, then pip install --no-build-isolation)"
+        return (
+            "torch is not importable here (install it first, then pip install --no-build-isolation)"
+        )
     compiler = os.environ.get("CXX", "c++").split()[0]
     if shutil.which(compiler) is None and shutil.which("g++") is None:
         return f"no C++ compiler ({compiler}) was found"

@@ -1,8 +1,8 @@
 """Convolution + BatchNorm -> the folded weights of a block, and when they are stale.
 
 Folding happens in float32 (float64 for a float64 block): with ``s = gamma / sqrt(var + eps)``,
-``weight' = s * weight`` and ``bias' = beta - s * mean``. Weights are cast once to each dtype that is
-asked for; biases and position tables are not.
+``weight' = s * weight`` and ``bias' = beta - s * mean``. Weights are cast once to each dtype that
+is asked for; biases and position tables are not.
 """
 
 import threading
@@ -118,7 +118,7 @@ def _conv_bn(layer: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 def fold(block: nn.Module) -> FoldedWeights:
-    """Fold a block in which :func:`obstacle` finds nothing. Differentiates nothing, keeps nothing."""
+    """Fold a block in which :func:`obstacle` finds nothing; no gradient, no cache."""
     with torch.no_grad():
         q, k, v, dw, pw = (_conv_bn(getattr(block, name)) for name in _CONVOLUTIONS)
         row, column, proj = (_conv_bn(getattr(block, name)[1]) for name in _ENCODES)
@@ -212,11 +212,11 @@ class _Watch:
 class FoldCache:
     """The folded weights of one block: made when asked for, dropped when they may be stale.
 
-    A fold is stale when a tensor it came from is another object or has another version, a submodule
-    or an ``eps`` was replaced, or a hook was added. Fused optimizers and ``.half()`` move no version:
-    therefore :meth:`drop` after ``train()``, ``eval()`` and everything that goes through ``_apply``,
-    and :meth:`suspend` in a forward with gradients, after which an optimizer step may come: nothing
-    is kept until the next :meth:`drop`. Writes through ``.data`` are not seen.
+    A fold is stale when a tensor it came from is another object or has another version, when a
+    submodule or an ``eps`` was replaced, or a hook was added. Fused optimizers and ``.half()`` move
+    no version: therefore :meth:`drop` in ``train()``, ``eval()`` and everything that goes through
+    ``_apply``, and :meth:`suspend` in a forward with gradients, after which an optimizer step may
+    come: nothing is kept until the next :meth:`drop`. Writes through ``.data`` are not seen.
     """
 
     def __init__(self) -> None:

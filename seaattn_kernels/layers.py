@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
 #: Layers whose class alone says what they compute, and the name of that in the operators.
 _ACTIVATIONS = {
     nn.Identity: "identity",
@@ -49,7 +48,7 @@ def make_activation(activation: str | type[nn.Module] | nn.Module | None) -> nn.
 
 
 def make_norm(norm_cfg: Mapping | None, channels: int) -> nn.Module:
-    """A normalisation layer from a config such as ``dict(type="BN", eps=1e-5, requires_grad=True)``.
+    """A normalisation layer from a config such as ``dict(type="BN", requires_grad=True)``.
 
     Raises:
         ValueError: for a type other than BN, BN2d and SyncBN.

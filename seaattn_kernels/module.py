@@ -72,7 +72,9 @@ class SeaAttention(nn.Module):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
         if int(attn_ratio * key_dim) < 1:
-            raise ValueError(f"attn_ratio * key_dim must be at least 1, got {attn_ratio} * {key_dim}")
+            raise ValueError(
+                f"attn_ratio * key_dim must be at least 1, got {attn_ratio} * {key_dim}"
+            )
         ops.check_backend(backend)
         self.backend = backend
         self.num_heads = num_heads
@@ -134,7 +136,7 @@ class SeaAttention(nn.Module):
         return isinstance(x, Tensor) and x.requires_grad
 
     def _forward_layers(self, x: Tensor) -> Tensor:
-        """The submodules, with the operators in place of those that :meth:`_bypass_obstacle` checks."""
+        """The submodules, with operators for those that :meth:`_bypass_obstacle` checks."""
         if reason := self._bypass_obstacle():
             if self.backend not in ("auto", "reference"):
                 raise RuntimeError(f"backend {self.backend!r} cannot run this block: {reason}")

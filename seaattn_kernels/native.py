@@ -18,8 +18,7 @@ def read_build(path: Path) -> dict[str, str]:
     match = _MARK.search(path.read_bytes())
     if match is None:
         return {}
-    fields = (field.split("=", 1) for field in match[1].decode().split("; "))
-    return {key: value for key, value in fields}
+    return dict(field.split("=", 1) for field in match[1].decode().split("; "))
 
 
 def mismatch(build: dict[str, str], torch_version: str) -> str | None:

@@ -9,7 +9,7 @@ backward operator and a FLOP formula.
 Common to all: tensors share one device and one dtype out of float16, bfloat16, float32, float64
 (``TypeError`` and ``ValueError`` name the argument otherwise); float64 runs on the reference only;
 an empty batch gives an empty result; inputs are never modified and never aliased. A result of map
-shape is channels_last where the first map is channels_last and not also contiguous, else contiguous.
+shape is channels_last where the first map is that and not also contiguous, contiguous otherwise.
 Under autocast the attentions and the block cast to its dtype, the other operators promote.
 """
 
@@ -144,7 +144,7 @@ def _define_overloads() -> dict[str, dict[str, torch._ops.OpOverload]]:
 _OVERLOADS = _define_overloads()
 
 
-# --- FLOP formulas: two for a multiply-add of a matrix product, as torch counts; the rest is free --
+# --- FLOP formulas: two for a multiply-add of a matrix product, the rest is free, as in torch ---
 
 
 @register_flop_formula(torch.ops.seaattn_kernels.axial_squeeze)
@@ -159,7 +159,9 @@ def _flops_axial_attention(q, k, v, heads, *args, out_shape=None, **kwargs) -> i
 
 
 @register_flop_formula(torch.ops.seaattn_kernels.axial_attention_pair)
-def _flops_axial_attention_pair(row, column, rq, rk, cq, ck, heads, key_dim, *args, **kwargs) -> int:
+def _flops_axial_attention_pair(
+    row, column, rq, rk, cq, ck, heads, key_dim, *args, **kwargs
+) -> int:
     b, projected, h = row
     width = projected - heads * key_dim
     return 2 * b * width * (h * h + column[2] ** 2)
@@ -279,7 +281,9 @@ def _check_divides(heads: int, **tensors: Tensor) -> None:
     _check_positive("heads", heads)
     for name, x in tensors.items():
         if x.shape[1] % heads:
-            raise ValueError(f"{name} must have a multiple of heads={heads} channels, got {_describe(x)}")
+            raise ValueError(
+                f"{name} must have a multiple of heads={heads} channels, got {_describe(x)}"
+            )
 
 
 def _autocast_dtype(device: torch.device) -> torch.dtype | None:
@@ -353,7 +357,7 @@ def axial_squeeze(x: Tensor, backend: str = "auto") -> tuple[Tensor, Tensor]:
         backend: see :data:`BACKENDS`.
 
     Returns:
-        ``(B, C, H)`` and ``(B, C, W)``, contiguous, of x's dtype; differentiable any number of times.
+        ``(B, C, H)`` and ``(B, C, W)``, contiguous, of x's dtype.
 
     Raises:
         TypeError, ValueError: for a wrong dtype, rank or an empty H, W or C.
@@ -512,9 +516,9 @@ def gate(x: Tensor, y: Tensor, hard: bool = True, backend: str = "auto") -> Tens
 def sea_attention(x: Tensor, folded, backend: str = "auto") -> Tensor:
     """The whole block in eval mode from folded weights (arXiv 2301.13156, section 3.2).
 
-    ``out = sigmoid(proj(act(v + row + column))) * pwconv(act(dwconv(qkv)))``, the axis vectors taken
-    from the means of x, or of the projected map where that is cheaper. No autograd: for gradients
-    call the module.
+    ``out = sigmoid(proj(act(v + row + column))) * pwconv(act(dwconv(qkv)))``, the axis vectors
+    taken from the means of x, or of the projected map where that is cheaper. No autograd: for
+    gradients call the module.
 
     Args:
         x: ``(B, C, H, W)``, C as the block was made for.
