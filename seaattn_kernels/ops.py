@@ -50,7 +50,7 @@ _SCHEMAS = {
     ),
 }
 #: The operators that each backend has in this version.
-_OPERATORS = {
+OPERATORS = {
     "reference": tuple(name for name in _SCHEMAS if not name.endswith("_backward")),
     "cpu": ("axial_squeeze",),
     "triton": (),
@@ -125,7 +125,7 @@ def _register_axial_squeeze(backend: str) -> None:
 
 def _define_overloads() -> dict[str, dict[str, torch._ops.OpOverload]]:
     overloads: dict[str, dict[str, torch._ops.OpOverload]] = {name: {} for name in _SCHEMAS}
-    for backend, operators in _OPERATORS.items():
+    for backend, operators in OPERATORS.items():
         for name in operators:
             schemas = [name]
             if backend != "reference" and f"{name}_backward" in _SCHEMAS:
@@ -198,7 +198,7 @@ def refusal(operator: str, backend: str, device: torch.device, dtype: torch.dtyp
     """Why ``backend`` cannot run ``operator`` on such tensors, or None where it can."""
     if backend == "reference":
         return None
-    if operator not in _OPERATORS[backend]:
+    if operator not in OPERATORS[backend]:
         return f"this version has no {backend} implementation of {operator}"
     if backend == "cpu" and native.REASON is not None:
         return native.REASON
@@ -231,7 +231,7 @@ def choose(operator: str, backend: str, device: torch.device, dtype: torch.dtype
     preferred = _AUTO
     if preferred == "auto":
         preferred = device.type if device.type in ("cpu", "cuda") else "reference"
-        if operator not in _OPERATORS[preferred]:
+        if operator not in OPERATORS[preferred]:
             return "reference"
     reason = refusal(operator, preferred, device, dtype)
     if reason is None:

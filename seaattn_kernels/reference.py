@@ -1,9 +1,9 @@
 """Squeeze-enhanced axial attention in plain PyTorch: the specification of every operator.
 
 Letters: ``B C H W`` the map, ``N`` the length of an axis, ``D`` the key dimension and ``E`` the
-value dimension of a head, ``DH = heads*E``, ``NQ = heads*(2D + E)``. The formulas are those of SeaFormer
-(arXiv 2301.13156, section 3.2). Everything here is differentiable, runs on any device and in any
-float dtype, and is written to be read: other backends are measured against it in float64.
+value dimension of a head, ``DH = heads*E``, ``NQ = heads*(2D + E)``. The formulas are those of
+SeaFormer (arXiv 2301.13156, section 3.2). Everything here is differentiable, runs on any device and
+in any float dtype, and is written to be read: other backends are measured against it in float64.
 """
 
 from collections.abc import Sequence

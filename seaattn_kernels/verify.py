@@ -1,8 +1,8 @@
 """How a result is judged: the error budget, the golden files, and the sweep of odd shapes.
 
 A result is right when its error against float64, pooled over seeds, is at most that of eager
-PyTorch in the same dtype on the same device times a factor, plus a floor for results that eager gets
-exactly right: half a unit in the last place of the root mean square, four of the largest value.
+PyTorch in the same dtype on the same device times a factor, plus a floor for results that eager
+gets exactly right: half an eps of the root mean square, four of the largest value.
 In float64 it must equal the golden files to ``1e-12 * max(1, max|reference|)``.
 """
 

@@ -1,0 +1,53 @@
+# make demo and make test do all set-up themselves: Python 3.10 to 3.12, a C++ compiler and pip.
+# make demo PYTHON=python3 VENV=none   uses the packages that are there and needs no network.
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+LIBRARY_SOURCES := setup.py pyproject.toml $(wildcard csrc/*/*)
+CXX_SOURCES := $(wildcard csrc/*/*.cpp csrc/*/*.h)
+
+ifeq ($(VENV),none)
+PY := $(PYTHON)
+READY := build/.library
+else
+PY := $(VENV)/bin/python
+READY := $(VENV)/.library
+endif
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check
+
+.PHONY: setup demo test bench lint clean
+
+setup: $(READY)
+
+demo: setup
+	$(PY) -m seaattn_kernels demo $(ARGS)
+
+test: setup
+	$(PY) -m pytest $(ARGS)
+
+bench: setup
+	$(PY) -m bench run $(ARGS)
+
+lint: setup
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m clang_format --dry-run -Werror $(CXX_SOURCES)
+
+clean:
+	rm -rf build .venv seaattn_kernels.egg-info seaattn_kernels/_C.*.so
+
+# torch comes first: the library is compiled against it.
+$(VENV)/.torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --constraint constraints.txt torch setuptools ninja
+	touch $@
+
+$(VENV)/.library: $(VENV)/.torch $(LIBRARY_SOURCES)
+	$(PIP) --constraint constraints.txt --no-build-isolation --editable '.[test,bench,lint]'
+	touch $@
+
+build/.library: $(LIBRARY_SOURCES)
+	$(PY) setup.py --quiet build_ext --inplace
+	mkdir -p build && touch $@
