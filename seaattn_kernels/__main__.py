@@ -21,37 +21,42 @@ def _version(package: str) -> str | None:
         return None
 
 
+def _backend(name: str, devices: list[torch.device]) -> dict:
+    """The operators that a backend can run here in float32, and why it runs no others."""
+    reasons = {}
+    for operator in ops.OPERATORS[name]:
+        refused = [ops.refusal(operator, name, device, torch.float32) for device in devices]
+        reasons[operator] = None if None in refused else refused[0]
+    able = [operator for operator, reason in reasons.items() if reason is None]
+    state = {"operators": able}
+    if not reasons:
+        state["reason"] = "not in this version"
+    elif not able:
+        state["reason"] = next(iter(reasons.values()))
+    return state
+
+
 def collect() -> dict:
-    """Versions, devices, the compiled library, and what each backend can run here in float32."""
-    devices = [torch.device("cpu")]
+    """Versions, devices, the compiled library, and what each backend can run here."""
+    cores = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    simd = torch.backends.cpu.get_cpu_capability()
+    devices = {"cpu": f"{platform.machine()}, {cores}, {simd}"}
     if torch.cuda.is_available():
-        devices.append(torch.device("cuda"))
-    backends = {}
-    for backend in ops.BACKENDS[1:]:
-        backends[backend] = {
-            operator: min(
-                (ops.refusal(operator, backend, device, torch.float32) or "" for device in devices),
-                key=len,
-            )
-            or "available"
-            for operator in ops.OPERATORS["reference"]
-        }
+        devices["cuda"] = torch.cuda.get_device_name()
+    versions = {name: _version(name) for name in ("torch", "numpy", "triton")}
     return {
         "versions": {
             "seaattn_kernels": seaattn_kernels.__version__,
             "python": platform.python_version(),
-            **{name: _version(name) for name in ("torch", "numpy", "triton")},
+            **versions,
         },
-        "devices": {
-            str(device): torch.cuda.get_device_name(device)
-            if device.type == "cuda"
-            else f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
-            f"{torch.backends.cpu.get_cpu_capability()}"
-            for device in devices
-        },
+        "devices": devices,
         "library": native.BUILD if native.REASON is None else {"missing": native.REASON},
         "auto": os.environ.get("SEAATTN_BACKEND") or "auto",
-        "backends": backends,
+        "backends": {
+            name: _backend(name, [torch.device(device) for device in devices])
+            for name in ops.BACKENDS[1:]
+        },
     }
 
 
@@ -64,11 +69,11 @@ def info(arguments: argparse.Namespace) -> int:
         print(section)
         for name, value in report[section].items():
             print(f"  {name:<16} {value or 'not installed'}")
-    print(f"backends (auto means {report['auto']})")
-    for backend, operators in report["backends"].items():
-        able = [name for name, state in operators.items() if state == "available"]
-        reasons = {state for state in operators.values() if state != "available"}
-        print(f"  {backend:<16} {', '.join(able) or 'unavailable: ' + min(reasons, key=len)}")
+    meaning = report["auto"] if report["auto"] != "auto" else "the best for the device"
+    print(f"backends (auto: {meaning})")
+    for name, state in report["backends"].items():
+        able = ", ".join(state["operators"])
+        print(f"  {name:<16} {able or 'unavailable: ' + state['reason']}")
     return 0
 
 

@@ -173,6 +173,7 @@ class _Watch:
     """Everything a fold was made from, so that a change is seen in a few microseconds."""
 
     def __init__(self, block: nn.Module) -> None:
+        self.complete = True
         self.versions: list[tuple[dict, str, Tensor, int]] = []
         self.identities: list[tuple[dict, str, object]] = []
         self.scalars: list[tuple[nn.Module, str, object]] = []
@@ -184,8 +185,10 @@ class _Watch:
                 for key, tensor in table.items():
                     if key == "num_batches_tracked":
                         continue
-                    if tensor is None or tensor.is_inference():
-                        self.identities.append((table, key, tensor))
+                    if tensor is None:
+                        self.identities.append((table, key, None))
+                    elif tensor.is_inference():
+                        self.complete = False
                     else:
                         self.versions.append((table, key, tensor, tensor._version))
             for name in ("eps", "negative_slope"):
@@ -216,7 +219,8 @@ class FoldCache:
     submodule or an ``eps`` was replaced, or a hook was added. Fused optimizers and ``.half()`` move
     no version: therefore :meth:`drop` in ``train()``, ``eval()`` and everything that goes through
     ``_apply``, and :meth:`suspend` in a forward with gradients, after which an optimizer step may
-    come: nothing is kept until the next :meth:`drop`. Writes through ``.data`` are not seen.
+    come: nothing is kept until the next :meth:`drop`. Tensors made in inference mode have no
+    version: a block of them folds in every call. Writes through ``.data`` are not seen.
     """
 
     def __init__(self) -> None:
@@ -232,7 +236,7 @@ class FoldCache:
             return record[1]
         watch = _Watch(block)
         folded = fold(block) if obstacle(block) is None else None
-        if not self._suspended:
+        if watch.complete and not self._suspended:
             self._record = (watch, folded)
         return folded
 

@@ -44,6 +44,11 @@ def follow_layout(out: Tensor, x: Tensor) -> Tensor:
     )
 
 
+def _widen(x: Tensor) -> Tensor:
+    """At least float32: the axis vectors are few, and a softmax of half precision loses much."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def axial_squeeze(x: Tensor) -> tuple[Tensor, Tensor]:
     """Means along W and along H: ``(B, C, H, W) -> (B, C, H), (B, C, W)``."""
     return x.mean(3), x.mean(2)
@@ -52,13 +57,14 @@ def axial_squeeze(x: Tensor) -> tuple[Tensor, Tensor]:
 def axial_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float) -> Tensor:
     """``o[:, i] = sum_j softmax_j(scale * q[:, i] . k[:, j]) v[:, j]`` within each head.
 
-    ``q, k: (B, heads*D, N)``, ``v: (B, heads*E, N)`` -> ``(B, heads*E, N)``.
+    ``q, k: (B, heads*D, N)``, ``v: (B, heads*E, N)`` -> ``(B, heads*E, N)``, in float32 within.
     """
     b, _, n = q.shape
-    q, k, v = (t.reshape(b, heads, t.shape[1] // heads, n) for t in (q, k, v))
+    dtype = q.dtype
+    q, k, v = (_widen(t).reshape(b, heads, t.shape[1] // heads, n) for t in (q, k, v))
     attention = (torch.matmul(q.transpose(2, 3), k) * scale).softmax(dim=-1)
     out = torch.matmul(v, attention.transpose(2, 3))
-    return out.reshape(b, heads * out.shape[2], n)
+    return out.reshape(b, heads * out.shape[2], n).to(dtype)
 
 
 def axial_attention_pair(
@@ -80,10 +86,10 @@ def axial_attention_pair(
 
     def attend(axis: Tensor, table_q: Tensor, table_k: Tensor) -> Tensor:
         width, n = heads * key_dim, axis.shape[2]
-        q, k, v = axis.split([width, width, axis.shape[1] - 2 * width], dim=1)
-        q = q + interpolate(table_q, n)
-        k = k + interpolate(table_k, n)
-        return axial_attention(q, k, v, heads, scale)
+        q, k, v = _widen(axis).split([width, width, axis.shape[1] - 2 * width], dim=1)
+        q = q + interpolate(_widen(table_q), n)
+        k = k + interpolate(_widen(table_k), n)
+        return axial_attention(q, k, v, heads, scale).to(axis.dtype)
 
     return attend(row, row_q, row_k), attend(column, column_q, column_k)
 

@@ -1,0 +1,27 @@
+import os
+
+# Threads that wait by spinning make a busy machine a hundred times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import pytest
+import torch
+
+from seaattn_kernels import native
+
+# Worker threads of a test runner would fight over the cores that torch takes.
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+@pytest.fixture
+def library():
+    """The compiled library; a machine without a C++ compiler has none."""
+    if native.REASON is not None:
+        if os.environ.get("SEAATTN_FORCE_BUILD") == "1":
+            pytest.fail(native.REASON)
+        pytest.skip(native.REASON)
+    return native
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)

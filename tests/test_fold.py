@@ -1,0 +1,473 @@
+"""Folding is exact, and a fold is never used after the weights it came from have changed."""
+
+import copy
+import io
+import pickle
+import threading
+import timeit
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import nn
+
+from seaattn_kernels import SeaAttention, fold, reference, verify
+
+
+def make(dtype=torch.float64, **options):
+    block = SeaAttention(12, 4, 2, activation="relu6", **options)
+    return verify.randomise(block.to(dtype)).eval()
+
+
+def eager(block, x):
+    with torch.no_grad():
+        return reference.sea_attention(block, x)
+
+
+def ours(block, x):
+    with torch.no_grad():
+        return block(x)
+
+
+def assert_current(block, x):
+    """The block still is what its own submodules compute, and does run from folded weights."""
+    assert fold.obstacle(block) is None
+    expected = eager(block, x)
+    tolerance = (1e-12 if x.dtype is torch.float64 else 2e-5) * max(
+        1.0, float(expected.abs().max())
+    )
+    torch.testing.assert_close(ours(block, x), expected, rtol=0, atol=tolerance)
+
+
+X = torch.randn(2, 12, 6, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+# --- values ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", verify.BLOCK_CASES, ids=str)
+@pytest.mark.parametrize("norm_cfg", [None, {"type": "BN", "eps": 1e-3}, {"type": "SyncBN"}])
+def test_folded_block_is_the_eager_block(case, norm_cfg):
+    block = SeaAttention(
+        case.channels, case.key_dim, case.heads, case.attn_ratio, case.activation, norm_cfg
+    )
+    block = verify.randomise(block.double()).eval()
+    x = torch.randn(case.batch, case.channels, case.height, case.width, dtype=torch.float64)
+    assert_current(block, x)
+
+
+@pytest.mark.parametrize("dtype", verify.BUDGETS, ids=str)
+@pytest.mark.parametrize("case", verify.BLOCK_CASES, ids=str)
+def test_folded_block_keeps_the_budget(case, dtype):
+    verdict = verify.block_verdict(case, "reference", dtype)
+    assert verdict.ok, verdict
+
+
+def test_affine_and_convolution_bias():
+    block = make(norm_cfg={"type": "BN", "affine": False})
+    block.to_q.c.bias = nn.Parameter(torch.randn(8, dtype=torch.float64))
+    assert_current(block, X)
+
+
+def test_weights_are_cast_once_and_biases_stay_wide():
+    block = make(torch.float16)
+    folded = block._folds.get(block)
+    weights = folded.weights(torch.float16, 6, 7)
+    for name, tensor in weights._asdict().items():
+        wide = name.endswith("bias") or name == "position"
+        assert tensor.dtype is (torch.float32 if wide else torch.float16), name
+    again = folded.weights(torch.float16, 9, 5)
+    assert again.qkv_weight is weights.qkv_weight
+    assert folded.weights(torch.float16, 6, 7) is weights
+    assert make(torch.float64)._folds.get(make(torch.float64)).dtype is torch.float64
+
+
+def test_shapes():
+    block = SeaAttention(12, 4, 2, attn_ratio=1.5).eval()
+    weights = fold.fold(block).weights(torch.float32, 6, 7)
+    nq, dh, c = 28, 12, 12
+    shapes = [(nq, c), (nq,), (nq, 3, 3), (nq,), (c, nq), (c,)]
+    shapes += [(dh, dh), (dh,), (dh, dh), (dh,), (c, dh), (c,), (16, 13)]
+    assert [tuple(t.shape) for t in weights] == shapes
+    assert all(t.is_contiguous() and not t.requires_grad for t in weights)
+
+
+def test_position_tables_are_bounded():
+    block = make(torch.float32)
+    folded = block._folds.get(block)
+    for height in range(1, 2 * fold.MAP_SIZES):
+        folded.weights(torch.float32, height, 3)
+    assert len(folded._ready) == fold.MAP_SIZES
+    last = folded.weights(torch.float32, 2 * fold.MAP_SIZES - 1, 3)
+    assert folded.weights(torch.float32, 2 * fold.MAP_SIZES - 1, 3) is last
+
+
+# --- staleness -------------------------------------------------------------------------------
+
+
+def _train_step(block, optimizer):
+    block(X.to(block.to_q.c.weight.dtype)).square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def _fused(kind):
+    def update(block):
+        optimizer = kind(block.parameters(), lr=0.1, fused=True)
+        _train_step(block, optimizer)
+
+    return update
+
+
+def _fused_around_a_forward(block):
+    """The order in which only the suspension helps: no_grad forwards between backward and step."""
+    optimizer = torch.optim.AdamW(block.parameters(), lr=0.1, fused=True)
+    block(X).square().sum().backward()
+    ours(block, X)
+    optimizer.step()
+    ours(block, X)
+    optimizer.step()
+
+
+def _ema(block):
+    """An update of the averaged model while both are in eval mode."""
+    other = copy.deepcopy(block)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.add_(0.3)
+        for mine, theirs in zip(block.parameters(), other.parameters(), strict=True):
+            mine.lerp_(theirs, 0.5)
+
+
+def _averaged(block):
+    average = torch.optim.swa_utils.AveragedModel(block)
+    average.module.eval()
+    ours(average.module, X)
+    other = verify.randomise(SeaAttention(12, 4, 2).double()).eval()
+    with torch.no_grad():
+        for p in other.parameters():
+            p.mul_(1.5)
+    average.update_parameters(other)
+    assert_current(average.module, X)
+    with torch.no_grad():
+        block.to_q.c.weight.mul_(2)
+
+
+def _load(assign):
+    def update(block):
+        state = {name: 1.25 * tensor for name, tensor in block.state_dict().items()}
+        block.load_state_dict(state, assign=assign)
+
+    return update
+
+
+def _replace(name, make_value):
+    def update(block):
+        parent, _, leaf = name.rpartition(".")
+        setattr(block.get_submodule(parent), leaf, make_value(block))
+
+    return update
+
+
+def _inference_in_place(block):
+    with torch.inference_mode():
+        block.to_v.c.weight.mul_(2)
+
+
+def _data_then_refold(block):
+    block.to_v.c.weight.data.mul_(2)
+    block.refold()
+
+
+def _in_place(name):
+    def update(block):
+        tensor = dict(block.named_parameters()) | dict(block.named_buffers())
+        with torch.no_grad():
+            tensor[name].add_(0.37)
+
+    return update
+
+
+def _norm(channels):
+    norm = nn.BatchNorm2d(channels).double().eval()
+    return verify.randomise(norm)
+
+
+UPDATES = {
+    "fused AdamW": _fused(torch.optim.AdamW),
+    "fused SGD": _fused(torch.optim.SGD),
+    "fused AdamW around a forward": _fused_around_a_forward,
+    "foreach AdamW": lambda b: _train_step(b, torch.optim.AdamW(b.parameters(), 0.1, foreach=True)),
+    "EMA": _ema,
+    "AveragedModel": _averaged,
+    "load_state_dict": _load(False),
+    "load_state_dict(assign=True)": _load(True),
+    "in place under inference mode": _inference_in_place,
+    ".data and refold": _data_then_refold,
+    "new parameter": _replace("to_k.c.weight", lambda b: nn.Parameter(b.to_k.c.weight * 2)),
+    "new norm": _replace("pwconv.bn", lambda b: _norm(12)),
+    "new eps": _replace("to_q.bn.eps", lambda b: 0.1),
+    "new activation": lambda b: [
+        _replace(name, lambda b: nn.SiLU())(b)
+        for name in ("act", "proj.0", "proj_encode_row.0", "proj_encode_column.0")
+    ],
+    "new bias": _replace("dwconv.c.bias", lambda b: nn.Parameter(torch.ones(32).double())),
+}
+for _name, _ in SeaAttention(12, 4, 2).state_dict().items():
+    if not _name.endswith("num_batches_tracked"):
+        UPDATES[f"in place {_name}"] = _in_place(_name)
+
+
+@pytest.mark.parametrize("update", UPDATES.values(), ids=UPDATES.keys())
+def test_update_is_noticed(update):
+    block = make()
+    before = ours(block, X)
+    torch.testing.assert_close(ours(block, X), before)
+    update(block)
+    assert_current(block, X)
+    assert not torch.equal(ours(block, X), before), "the update changes nothing: a vacuous test"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_change_of_dtype_is_noticed(dtype):
+    block = make(torch.float32)
+    ours(block, X.float())
+    block.to(dtype)
+    assert_current(block, X.to(dtype)) if dtype is torch.float64 else None
+    torch.testing.assert_close(
+        ours(block, X.to(dtype)).double(),
+        eager(copy.deepcopy(block).double(), X),
+        rtol=0,
+        atol=200 * torch.finfo(dtype).eps,
+    )
+    assert block._folds.get(block).module_dtype is dtype
+
+
+def test_half_of_a_changed_block_is_noticed():
+    """``.half()`` swaps the data under the same parameter, and no version moves."""
+    block = make(torch.float32)
+    ours(block, X.float())
+    versions = [p._version for p in block.parameters()]
+    block.half().float()
+    assert versions == [p._version for p in block.parameters()]
+    assert_current(block, X.float())
+
+
+@pytest.mark.parametrize("made_in_inference_mode", [False, True])
+def test_inference_mode_parameters(made_in_inference_mode):
+    with torch.inference_mode(made_in_inference_mode):
+        block = make()
+    assert block.to_q.c.weight.is_inference() == made_in_inference_mode
+    with torch.inference_mode():
+        assert_current(block, X)
+        block.to_q.c.weight.mul_(3)
+        assert_current(block, X)
+        block.load_state_dict({k: 1.1 * v for k, v in block.state_dict().items()})
+        assert_current(block, X)
+        block.to_v = copy.deepcopy(block.to_v)
+        block.to_v.c.weight.mul_(0.5)
+        assert_current(block, X)
+    assert_current(block, X)
+
+
+def test_gradients_then_eval_then_step_is_noticed():
+    """A loop with frozen statistics that calls eval() for every validation."""
+    block = make()
+    optimizer = torch.optim.AdamW(block.parameters(), lr=0.1, fused=True)
+    for _ in range(3):
+        block.eval()
+        _train_step(block, optimizer)
+        block.eval()
+        assert_current(block, X)
+        assert_current(block, X)
+
+
+def test_functional_call_is_noticed():
+    block = make()
+    before = ours(block, X)
+    changed = {name: 1.5 * p for name, p in block.named_parameters()}
+    with torch.no_grad():
+        out = torch.func.functional_call(block, changed, X)
+    other = copy.deepcopy(block)
+    other.load_state_dict(changed, strict=False)
+    torch.testing.assert_close(out, eager(other, X), rtol=0, atol=1e-11)
+    torch.testing.assert_close(ours(block, X), before)
+
+
+def test_training_statistics_are_noticed():
+    block = make()
+    ours(block, X)
+    block.train()
+    block(X)
+    block.eval()
+    assert_current(block, X)
+
+
+def test_one_norm_in_training_mode_is_noticed():
+    block = make()
+    ours(block, X)
+    block.to_q.bn.train()
+    assert fold.obstacle(block) == "to_q.bn is in training mode"
+    twin = copy.deepcopy(block)
+    torch.testing.assert_close(ours(block, X), eager(twin, X))
+    assert torch.equal(block.to_q.bn.running_mean, twin.to_q.bn.running_mean)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_block_follows_its_weights(backend):
+    torch._dynamo.reset()
+    block, x = make(torch.float32), X.float()
+    compiled = torch.compile(block, fullgraph=True, backend=backend)
+    with torch.no_grad():
+        before = compiled(x)
+        torch.testing.assert_close(before, eager(block, x), rtol=1e-4, atol=1e-4)
+        block.to_v.c.weight.mul_(2)
+        block.proj[1].bn.running_mean.add_(1)
+        after = compiled(x)
+        torch.testing.assert_close(after, eager(block, x), rtol=1e-4, atol=1e-4)
+    assert not torch.equal(before, after)
+
+
+# --- the cache -------------------------------------------------------------------------------
+
+
+def test_a_fold_is_kept_and_checked_in_microseconds():
+    block = make(torch.float32)
+    folded = block._folds.get(block)
+    assert block._folds.get(block) is folded
+    best = min(timeit.repeat(lambda: block._folds.get(block), number=100, repeat=50)) / 100
+    assert best < 10e-6
+
+
+def test_a_forward_with_gradients_keeps_no_fold():
+    block = make()
+    ours(block, X)
+    block(X)
+    assert block._folds._record is None
+    ours(block, X)
+    assert block._folds._record is None
+    block.eval()
+    ours(block, X)
+    assert block._folds._record is not None
+
+
+def test_frozen_parameters_fold_with_gradients_enabled():
+    block = make().requires_grad_(False)
+    torch.testing.assert_close(block(X), eager(block, X), rtol=0, atol=1e-11)
+    assert block._folds._record is not None
+    x = X.clone().requires_grad_()
+    block(x).sum().backward()
+    assert x.grad.abs().max() > 0
+
+
+def test_a_fold_is_not_copied_pickled_or_shared():
+    block = make()
+    ours(block, X)
+    assert block._folds._record is not None
+    buffer = io.BytesIO()
+    torch.save(block, buffer)
+    buffer.seek(0)
+    copies = [
+        copy.deepcopy(block),
+        copy.copy(block),
+        pickle.loads(pickle.dumps(block)),
+        torch.load(buffer, weights_only=False),
+        block._replicate_for_data_parallel(),
+    ]
+    for other in copies:
+        assert other._folds is not block._folds
+        assert other._folds._record is None
+    for other in copies[:1] + copies[2:4]:
+        with torch.no_grad():
+            other.to_v.c.weight.mul_(2)
+        assert_current(other, X)
+    assert_current(block, X)
+    assert b"BlockWeights" not in pickle.dumps(block)
+
+
+def test_a_replica_folds_its_own_weights():
+    """What DataParallel does: the replica's parameters are plain attributes."""
+    block = make()
+    replica = block._replicate_for_data_parallel()
+    for name, layer in block.named_modules():
+        if name:
+            twin = layer._replicate_for_data_parallel()
+            parent, _, leaf = name.rpartition(".")
+            replica.get_submodule(parent)._modules[leaf] = twin
+            twin._parameters = {}
+            for key, parameter in layer._parameters.items():
+                setattr(twin, key, None if parameter is None else 2 * parameter.detach())
+    expected = copy.deepcopy(block)
+    with torch.no_grad():
+        for parameter in expected.parameters():
+            parameter.mul_(2)
+    torch.testing.assert_close(ours(replica, X), eager(expected, X), rtol=0, atol=1e-11)
+    assert replica._folds._record is None
+
+
+def test_several_threads():
+    block = make()
+    maps = [torch.randn(1, 12, 3 + i % 5, 4 + i % 3, dtype=torch.float64) for i in range(40)]
+    expected = [eager(block, x) for x in maps]
+    with ThreadPoolExecutor(4) as pool:
+        for out, wanted in zip(pool.map(lambda x: ours(block, x), maps), expected, strict=True):
+            torch.testing.assert_close(out, wanted, rtol=0, atol=1e-11)
+
+
+def test_threads_that_call_while_weights_change_end_with_the_last_weights():
+    block = make()
+    stop = threading.Event()
+
+    def work():
+        while not stop.is_set():
+            ours(block, X)
+
+    workers = [threading.Thread(target=work) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    for _ in range(20):
+        with torch.no_grad():
+            block.to_v.c.weight.mul_(1.01)
+    stop.set()
+    for worker in workers:
+        worker.join()
+    assert_current(block, X)
+
+
+# --- obstacles -------------------------------------------------------------------------------
+
+
+def _hook(name):
+    return lambda b: b.get_submodule(name).register_forward_hook(lambda m, i, o: o + 1)
+
+
+def _untracked(block):
+    block.to_q.bn.running_mean = block.to_q.bn.running_var = None
+    block.to_q.bn.track_running_stats = False
+
+
+OBSTACLES = {
+    "to_q carries a forward hook": _hook("to_q"),
+    "proj.1.bn carries a forward hook": _hook("proj.1.bn"),
+    "pos_emb_rowk carries a forward hook": _hook("pos_emb_rowk"),
+    "sigmoid carries a forward hook": _hook("sigmoid"),
+    "to_q.bn is in training mode": lambda b: b.to_q.bn.train(),
+    "to_q.bn has no running statistics": _untracked,
+    "act is GELU": _replace("act", lambda b: nn.GELU()),
+    "its activations differ": _replace("proj.0", lambda b: nn.ReLU()),
+    "sigmoid is Tanh": _replace("sigmoid", lambda b: nn.Tanh()),
+    "pwconv is ParametrizedConv2d and BatchNorm2d": lambda b: (
+        torch.nn.utils.parametrizations.weight_norm(b.pwconv.c)
+    ),
+    "dwconv is Conv2d and GroupNorm": _replace("dwconv.bn", lambda b: nn.GroupNorm(4, 32).double()),
+}
+
+
+@pytest.mark.parametrize("reason", OBSTACLES)
+def test_obstacle_is_named_and_the_submodules_run(reason):
+    block = make()
+    ours(block, X)  # the fold from before must not be used
+    OBSTACLES[reason](block)
+    assert fold.obstacle(block) == reason
+    twin = copy.deepcopy(block)  # statistics of a norm in training mode move in a forward
+    torch.testing.assert_close(ours(block, X), eager(twin, X), rtol=0, atol=1e-11)

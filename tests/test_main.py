@@ -1,0 +1,78 @@
+"""``python -m seaattn_kernels``: what it prints and how it exits."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from seaattn_kernels import __main__ as command
+from seaattn_kernels import native, ops, verify
+
+
+def test_info_names_versions_and_every_backend(capsys):
+    assert command.main(["info"]) == 0
+    text = capsys.readouterr().out
+    for word in ("torch", torch.__version__, "triton", *ops.BACKENDS[1:], "sea_attention"):
+        assert word in text
+
+
+def test_info_is_data_too(capsys, library):
+    assert command.main(["info", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["versions"]["torch"] == torch.__version__
+    assert report["library"] == library.BUILD
+    assert report["backends"]["reference"]["operators"] == list(ops.OPERATORS["reference"])
+    assert report["backends"]["cpu"]["operators"] == list(ops.OPERATORS["cpu"])
+    assert report["backends"]["triton"] == {"operators": [], "reason": "not in this version"}
+
+
+def test_info_says_why_a_backend_is_missing(capsys, monkeypatch):
+    monkeypatch.setattr(native, "REASON", "the library is broken")
+    assert command.main(["info"]) == 0
+    assert capsys.readouterr().out.count("the library is broken") == 2
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """One block, one operator of each kind, one golden file."""
+    monkeypatch.setattr(verify, "BLOCK_CASES", verify.BLOCK_CASES[2:3])
+    monkeypatch.setattr(verify, "OPERATOR_CASES", verify.OPERATOR_CASES[:1])
+
+
+def test_verify_passes(quick, capsys, tmp_path):
+    shutil.copy(verify.GOLDEN / "tiny_kd2.npz", tmp_path)
+    assert command.main(["verify", "--golden", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("ok    golden tiny_kd2")
+    assert lines[-1].endswith(" passed, 0 failed")
+    assert any("block" in line and "eager" in line for line in lines)
+
+
+def test_verify_fails_on_a_wrong_result(quick, capsys, tmp_path, monkeypatch):
+    shutil.copy(verify.GOLDEN / "tiny_kd2.npz", tmp_path)
+    original = ops.gate
+    monkeypatch.setattr(ops, "gate", lambda *args, **kwargs: original(*args, **kwargs) + 1e-6)
+    assert command.main(["verify", "--golden", str(tmp_path)]) == 1
+    text = capsys.readouterr().out
+    assert "FAIL  golden tiny_kd2" in text
+    assert "1 failed" in text
+
+
+def test_verify_without_golden_files_says_so(quick, capsys, tmp_path):
+    assert command.main(["verify", "--golden", str(tmp_path)]) == 0
+    assert "no golden files" in capsys.readouterr().out
+
+
+def test_demo_outside_a_checkout_says_what_it_needs(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "bench", None)
+    with pytest.raises(SystemExit, match="source checkout"):
+        command.main(["demo"])
+
+
+@pytest.mark.parametrize("arguments", [[], ["fly"], ["verify", "--nothing"]])
+def test_bad_arguments_exit_with_usage(arguments, capsys):
+    with pytest.raises(SystemExit) as raised:
+        command.main(arguments)
+    assert raised.value.code == 2
+    assert "usage" in capsys.readouterr().err

@@ -1,0 +1,106 @@
+"""The compiled library says what it was built with, and is refused where it does not fit."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from seaattn_kernels import native, ops
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_build_is_read_from_the_file(library):
+    assert library.BUILD["torch"].split(".")[:2] == torch.__version__.split(".")[:2]
+    assert {"compiler", "c++", "backends"} <= library.BUILD.keys()
+
+
+def test_another_minor_version_of_torch_is_refused():
+    reason = native.mismatch({"torch": "2.11.0"}, "2.13.1+cpu")
+    assert "2.11.0" in reason
+    assert "2.13.1" in reason
+    assert native.mismatch({"torch": "2.13.0"}, "2.13.1+cu130") is None
+
+
+def test_a_file_without_the_mark_is_refused(tmp_path):
+    path = tmp_path / "library.so"
+    path.write_bytes(b"\x7fELF nothing")
+    assert "unknown" in native.mismatch(native.read_build(path), torch.__version__)
+
+
+def test_a_library_for_another_torch_is_not_loaded(tmp_path, library):
+    """A copy of the package whose library claims another torch imports, and says why it is slow."""
+    package = tmp_path / "seaattn_kernels"
+    shutil.copytree(ROOT / "seaattn_kernels", package)
+    (path,) = package.glob("_C*.so")
+    mark = f"torch={library.BUILD['torch']}".encode()
+    other = b"torch=1.99.0".ljust(len(mark), b"0")
+    path.write_bytes(path.read_bytes().replace(b"build: " + mark, b"build: " + other))
+    code = (
+        "import warnings, torch, seaattn_kernels as s\n"
+        "assert s.native.REASON and '1.99' in s.native.REASON, s.native.REASON\n"
+        "with warnings.catch_warnings(record=True) as seen:\n"
+        "    warnings.simplefilter('always')\n"
+        "    for _ in range(2):\n"
+        "        s.ops.axial_squeeze(torch.ones(1, 1, 2, 2))\n"
+        "assert len(seen) == 1 and '1.99' in str(seen[0].message), seen\n"
+        "try:\n"
+        "    s.ops.axial_squeeze(torch.ones(1, 1, 2, 2), backend='cpu')\n"
+        "except RuntimeError as error:\n"
+        "    assert '1.99' in str(error)\n"
+        "else:\n"
+        "    raise SystemExit('an explicit backend fell back')\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, timeout=120)
+
+
+def test_a_missing_library_is_a_reason(monkeypatch):
+    monkeypatch.setattr(native, "EXTENSION_SUFFIXES", [".nowhere"])
+    build, reason = native._load()
+    assert build == {}
+    assert "not built" in reason
+
+
+def test_every_cpu_operator_has_a_kernel(library):
+    for name in ops.OPERATORS["cpu"]:
+        key = f"seaattn_kernels::{name}.cpu"
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(key, "CPU")
+
+
+def _setup(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "setup.py", "--quiet", "build_ext", "--build-lib", str(tmp_path)]
+    command += ["--build-temp", str(tmp_path)]
+    variables = {k: v for k, v in os.environ.items() if not k.startswith("SEAATTN_")}
+    return subprocess.run(
+        command,
+        env={**variables, **environment},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_build_can_be_skipped(tmp_path):
+    done = _setup(tmp_path, SEAATTN_SKIP_BUILD="1")
+    assert done.returncode == 0
+    assert "pure Python" in done.stderr
+    assert not list(tmp_path.rglob("*.so"))
+
+
+@pytest.mark.parametrize("forced", ["0", "1"])
+def test_no_compiler_is_one_line_or_an_error(tmp_path, forced):
+    done = _setup(tmp_path, CXX="no-such-compiler", PATH="/nowhere", SEAATTN_FORCE_BUILD=forced)
+    assert done.returncode == int(forced)
+    assert "no C++ compiler" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_cuda_cannot_be_asked_for(tmp_path):
+    done = _setup(tmp_path, SEAATTN_CUDA_ARCHS="9.0a")
+    assert done.returncode != 0
+    assert "csrc/cuda" in done.stderr

@@ -1,0 +1,542 @@
+"""The operators' contract: schemas, fakes, autograd, autocast, layouts, checks, backends."""
+
+import os
+import subprocess
+import sys
+import threading
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.flop_counter import FlopCounterMode
+
+from seaattn_kernels import SeaAttention, fold, native, ops, reference, verify
+
+ROOT = Path(__file__).parents[1]
+LOW = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def smallest_cases():
+    """The smallest case of each operator that is not a single pixel."""
+    seen = {}
+    for case in verify.OPERATOR_CASES:
+        if case.shapes[0][-1] > 1:
+            seen.setdefault(case.name, case)
+    return list(seen.values())
+
+
+CASES = smallest_cases()
+
+
+def overload_arguments(case, tensors):
+    """What the public function hands to the registered overload."""
+    if case.name == "broadcast_add":
+        activation, slope = case.arguments
+        return (*tensors, reference.ACTIVATIONS.index(activation), slope)
+    if case.name == "axial_attention_pair":
+        heads, key_dim = case.arguments
+        return (*tensors, heads, key_dim, key_dim**-0.5)
+    return (*tensors, *case.arguments)
+
+
+def overload(name, backend="reference"):
+    return getattr(getattr(torch.ops.seaattn_kernels, name), backend)
+
+
+def block_and_input(dtype=torch.float32, channels=16, size=(9, 8)):
+    block = verify.randomise(SeaAttention(channels, 4, 2)).to(dtype).eval()
+    return block, torch.randn(2, channels, *size, dtype=dtype)
+
+
+# --- registration ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+@pytest.mark.parametrize("gradients", [False, True])
+def test_opcheck_reference(case, gradients):
+    tensors = [t.requires_grad_(gradients) for t in case.inputs(0, "cpu", torch.float32)]
+    torch.library.opcheck(overload(case.name), overload_arguments(case, tensors))
+
+
+def test_opcheck_block():
+    block, x = block_and_input()
+    folded = fold.fold(block)
+    weights = list(folded.weights(x.dtype, 9, 8))
+    torch.library.opcheck(overload("sea_attention"), (x, weights, 2, 4, 2, 0.0, True))
+
+
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_opcheck_cpu_squeeze(library, dtype, layout):
+    x = torch.randn(2, 3, 4, 5).to(dtype, memory_format=layout).requires_grad_()
+    torch.library.opcheck(overload("axial_squeeze", "cpu"), (x,))
+    row, column = torch.randn(2, 3, 4, dtype=dtype), torch.randn(2, 3, 5, dtype=dtype)
+    last = layout == torch.channels_last
+    arguments = (row.requires_grad_(), column.requires_grad_(), last)
+    torch.library.opcheck(overload("axial_squeeze_backward", "cpu"), arguments)
+
+
+def _sized(name, b, h, w):
+    """An operator case of 3 heads, D=5, E=7 on a map of this size."""
+    c = 3 * (2 * 5 + 7)
+    return {
+        "axial_squeeze": verify.OperatorCase(name, ((b, c, h, w),)),
+        "axial_attention": verify.OperatorCase(
+            name, ((b, 15, h), (b, 15, h), (b, 21, h)), (3, 0.4)
+        ),
+        "axial_attention_pair": verify.OperatorCase(
+            name, ((b, c, h), (b, c, w), *[(1, 15, 16)] * 4), (3, 5)
+        ),
+        "broadcast_add": verify.OperatorCase(
+            name, ((b, c, h, w), (b, c, h), (b, c, w)), ("relu6", 0.0)
+        ),
+        "gate": verify.OperatorCase(name, ((b, c, h, w),) * 2, (True,)),
+    }[name]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_compiles_to_one_graph_of_any_size(case):
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(
+        lambda *t: _sized(case.name, 4, 9, 8).run(t, "auto"),
+        fullgraph=True,
+        dynamic=True,
+        backend=counter,
+    )
+    for size in ((4, 9, 8), (6, 13, 10), (5, 11, 23)):
+        sized = _sized(case.name, *size)
+        tensors = sized.inputs(0, "cpu", torch.float32)
+        for found, expected in zip(compiled(*tensors), sized.run(tensors, "auto"), strict=True):
+            torch.testing.assert_close(found, expected)
+    assert counter.frame_count == 1
+
+
+def test_schemas_hold_tensors_and_numbers_only():
+    allowed = {"Tensor", "List[Tensor]", "int", "float", "bool"}
+    for name in ops.OPERATORS["reference"]:
+        packet = getattr(torch.ops.seaattn_kernels, name)
+        for backend in packet.overloads():
+            assert {str(a.type) for a in getattr(packet, backend)._schema.arguments} <= allowed
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_flop_formula_counts_what_the_products_do(case):
+    """Without autograd keys the operator is counted by its formula, with them by its parts."""
+    tensors = case.inputs(0, "cpu", torch.float32)
+    arguments = overload_arguments(case, tensors)
+    with torch.inference_mode(), FlopCounterMode(display=False) as formula:
+        overload(case.name)(*arguments)
+    with torch.no_grad(), FlopCounterMode(display=False) as parts:
+        overload(case.name)(*arguments)
+    assert formula.get_total_flops() == parts.get_total_flops()
+
+
+@pytest.mark.parametrize("size", [(3, 4), (32, 16)])
+def test_flop_formula_of_the_block(size):
+    block, x = block_and_input(size=size)
+    folded = block._folds.get(block)
+    counts = []
+    for mode in (torch.inference_mode(), torch.no_grad()):
+        with mode, FlopCounterMode(display=False) as counter:
+            ops.sea_attention(x, folded, "reference")
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
+
+
+# --- values ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize(
+    "case", [c for c in verify.OPERATOR_CASES if c.name in ops.OPERATORS["cpu"]], ids=str
+)
+def test_cpu_operators_keep_the_budget(library, case, dtype):
+    for verdict in verify.operator_verdicts(case, "cpu", dtype):
+        assert verdict.ok, verdict
+
+
+def test_cpu_squeeze_of_large_maps_and_large_means(library):
+    """Sums of a million terms, and a mean a thousand times the deviation."""
+    for x in (torch.randn(1, 1, 1024, 1024), 1000 + torch.randn(1, 40, 33, 129)):
+        for layout in (torch.contiguous_format, torch.channels_last):
+            x = x.contiguous(memory_format=layout)
+            ours, eager = ops.axial_squeeze(x, "cpu"), ops.axial_squeeze(x, "reference")
+            verdict = verify.judge(ours, eager, reference.axial_squeeze(x.double()), x.dtype)
+            assert verdict.ok, verdict
+
+
+def _view(x, kind):
+    """The values of x in another memory layout, in the middle of a buffer full of NaN."""
+    b, c, h, w = x.shape
+    if kind == "channels_last":
+        return x.contiguous(memory_format=torch.channels_last)
+    if kind == "transposed":
+        return x.transpose(2, 3).contiguous().transpose(2, 3)
+    if kind == "expanded":
+        return x[:, :, :, :1].expand(b, c, h, w)
+    guard = torch.full((b + 2, c + 2, h + 2, 2 * w + 2), float("nan"), dtype=x.dtype)
+    view = guard[1:-1, 1:-1, 1:-1, 1:-1]
+    view = view[..., ::2] if kind == "strided" else view[..., :w]
+    return view.copy_(x)
+
+
+@pytest.mark.parametrize("kind", ["channels_last", "transposed", "expanded", "strided", "sliced"])
+@pytest.mark.parametrize("dtype", LOW)
+def test_cpu_squeeze_reads_any_strides_and_nothing_else(library, kind, dtype):
+    x = _view(torch.randn(2, 35, 6, 7, dtype=dtype), kind)
+    before = x.clone()
+    for ours, exact in zip(
+        ops.axial_squeeze(x, "cpu"), reference.axial_squeeze(x.double()), strict=True
+    ):
+        assert ours.is_contiguous()
+        torch.testing.assert_close(ours, exact.to(dtype))
+    assert torch.equal(x, before)
+
+
+def test_cpu_squeeze_writes_every_element(library):
+    torch.use_deterministic_algorithms(True)  # uninitialised memory is filled with NaN
+    try:
+        for shape in ((2, 33, 5, 7), (1, 1, 1, 1), (3, 65, 1, 40)):
+            for layout in (torch.contiguous_format, torch.channels_last):
+                x = torch.randn(shape).contiguous(memory_format=layout).requires_grad_()
+                row, column = ops.axial_squeeze(x, "cpu")
+                (grad,) = torch.autograd.grad(row.sum() + column.sum(), x)
+                for out in (row, column, grad):
+                    assert not out.isnan().any()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_cpu_squeeze_gradient(library, layout):
+    """Expanded and sliced upstream gradients; the gradient has the layout of x; twice."""
+    x = torch.randn(2, 33, 6, 7).contiguous(memory_format=layout).requires_grad_()
+    row, column = ops.axial_squeeze(x, "cpu")
+    expanded = torch.randn(2, 33, 1).expand(2, 33, 6)
+    sliced = torch.randn(2, 33, 14)[..., ::2]
+    (grad,) = torch.autograd.grad((row, column), x, (expanded, sliced))
+    torch.testing.assert_close(grad, expanded[..., :, None] / 7 + sliced[..., None, :] / 6)
+    assert grad.is_contiguous(memory_format=layout)
+
+    one = torch.randn_like(row).requires_grad_()
+    (grad,) = torch.autograd.grad(ops.axial_squeeze(x, "cpu")[0], x, one, create_graph=True)
+    second = torch.randn_like(grad)
+    (found,) = torch.autograd.grad(grad, one, second)
+    torch.testing.assert_close(found, second.mean(3))
+
+
+def test_cpu_squeeze_has_the_same_bits_on_any_number_of_threads(library):
+    x = torch.randn(3, 70, 40, 56)
+    threads = torch.get_num_threads()
+    try:
+        for layout in (torch.contiguous_format, torch.channels_last):
+            y = x.contiguous(memory_format=layout)
+            found = []
+            for count in (1, 2, 3):
+                torch.set_num_threads(count)
+                found.append(ops.axial_squeeze(y, "cpu"))
+            for row, column in found[1:]:
+                assert torch.equal(row, found[0][0])
+                assert torch.equal(column, found[0][1])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_cpu_squeeze_from_several_threads_at_once(library):
+    maps = [torch.randn(2, 20 + i, 9, 11) for i in range(4)]
+    expected = [reference.axial_squeeze(x) for x in maps]
+    wrong = []
+
+    def work(i):
+        for _ in range(50):
+            for a, b in zip(ops.axial_squeeze(maps[i], "cpu"), expected[i], strict=True):
+                if not torch.allclose(a, b, atol=1e-6):
+                    wrong.append(i)
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    shape=st.tuples(*[st.integers(1, n) for n in (3, 40, 20, 20)]),
+    dtype=st.sampled_from(LOW),
+    kind=st.sampled_from(["channels_last", "transposed", "strided", "sliced"]),
+    seed=st.integers(0, 2**31),
+)
+def test_squeeze_of_any_map(shape, dtype, kind, seed):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    x = _view(x, kind)
+    for ours, exact in zip(ops.axial_squeeze(x), reference.axial_squeeze(x.double()), strict=True):
+        assert ours.dtype is dtype
+        torch.testing.assert_close(ours, exact.to(dtype))
+
+
+def test_nan_and_infinity_stay_in_their_row_and_column():
+    x = torch.zeros(1, 2, 3, 4)
+    x[0, 1, 2, 3] = float("nan")
+    x[0, 0, 0, 1] = float("inf")
+    row, column = ops.axial_squeeze(x)
+    assert row.isnan().nonzero().tolist() == [[0, 1, 2]]
+    assert column.isnan().nonzero().tolist() == [[0, 1, 3]]
+    assert row.isinf().nonzero().tolist() == [[0, 0, 0]]
+    assert column.isinf().nonzero().tolist() == [[0, 0, 1]]
+
+
+# --- rules for all ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_inputs_are_neither_modified_nor_aliased(case):
+    tensors = case.inputs(0, "cpu", torch.float32)
+    before = [t.clone() for t in tensors]
+    state = torch.random.get_rng_state()
+    out = case.run(tensors, "auto")
+    assert torch.equal(state, torch.random.get_rng_state())
+    for a, b in zip(tensors, before, strict=True):
+        assert torch.equal(a, b)
+    storages = {t.untyped_storage().data_ptr() for t in tensors}
+    assert not storages & {t.untyped_storage().data_ptr() for t in out}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_empty_batch(case):
+    tensors = [t if t.shape[0] == 1 else t[:0] for t in case.inputs(0, "cpu", torch.float32)]
+    full = case.run(case.inputs(0, "cpu", torch.float32), "auto")
+    for empty, out in zip(case.run(tensors, "auto"), full, strict=True):
+        assert empty.shape == (0, *out.shape[1:])
+
+
+def test_identity_does_not_alias():
+    v = torch.randn(1, 2, 3, 4)
+    out = ops.broadcast_add(v, torch.zeros(1, 2, 3), torch.zeros(1, 2, 4))
+    assert torch.equal(out, v)
+    assert out.data_ptr() != v.data_ptr()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_layout_follows_the_first_map(compiled):
+    block, x = block_and_input()
+    folded = block._folds.get(block)
+    row, column = torch.zeros(2, 16, 9), torch.zeros(2, 16, 8)
+    functions = (
+        lambda t: ops.gate(t, x),
+        lambda t: ops.broadcast_add(t, row, column, "relu"),
+        lambda t: ops.sea_attention(t, folded),
+    )
+    last = x.contiguous(memory_format=torch.channels_last)
+    sliced = torch.randn(2, 32, 9, 8).contiguous(memory_format=torch.channels_last)[:, ::2]
+    with torch.no_grad():
+        for function in functions:
+            if compiled:
+                torch._dynamo.reset()
+                function = torch.compile(function, fullgraph=True, backend="aot_eager")
+            assert function(x).is_contiguous()
+            assert function(last).is_contiguous(memory_format=torch.channels_last)
+            assert not function(last).is_contiguous()
+            assert function(sliced).is_contiguous()
+
+
+def test_layout_of_a_pixel_is_contiguous():
+    x = torch.randn(2, 3, 1, 1).contiguous(memory_format=torch.channels_last)
+    assert ops.gate(x, x).stride() == torch.empty(2, 3, 1, 1).stride()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_casts_attention_and_block_and_promotes_the_others(dtype):
+    block, x = block_and_input()
+    folded = block._folds.get(block)
+    by_name = {case.name: case for case in CASES}
+    with torch.autocast("cpu", dtype=dtype), torch.no_grad():
+        for name in ("axial_attention", "axial_attention_pair"):
+            tensors = by_name[name].inputs(0, "cpu", torch.float32)
+            tensors[0] = tensors[0].to(dtype)
+            for out in by_name[name].run(tensors, "auto"):
+                assert out.dtype is dtype
+        assert ops.sea_attention(x, folded).dtype is dtype
+        assert ops.axial_squeeze(x.to(dtype))[0].dtype is dtype
+        assert ops.axial_squeeze(x)[0].dtype is torch.float32
+        assert ops.gate(x.to(dtype), x.to(dtype)).dtype is dtype
+        assert ops.gate(x.to(dtype), x).dtype is torch.float32
+        mixed = ops.broadcast_add(x.to(dtype), x.mean(3), x.mean(2).to(dtype))
+        assert mixed.dtype is torch.float32
+        double = [t.double() for t in by_name["axial_attention"].inputs(0, "cpu", dtype)]
+        assert by_name["axial_attention"].run(double, "auto")[0].dtype is torch.float64
+
+
+def test_autocast_reaches_nothing_inside_the_block():
+    """The axis vectors stay float32: the same result as a block called in the low dtype."""
+    block, x = block_and_input()
+    folded = block._folds.get(block)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        found = ops.sea_attention(x, folded, "reference")
+    low = x.bfloat16()
+    weights = folded.weights(torch.bfloat16, 9, 8)
+    with torch.no_grad():
+        expected = reference.sea_attention_folded(low, weights, 2, 4, "relu6", 0.0, True)
+    assert torch.equal(found, expected)
+
+
+def test_block_has_no_backward():
+    block, x = block_and_input()
+    folded = fold.fold(block)
+    with pytest.raises(RuntimeError, match="no backward"):
+        ops.sea_attention(x.requires_grad_(), folded)
+
+
+# --- bad input -------------------------------------------------------------------------------
+
+X = torch.randn(2, 4, 3, 5)
+ROW, COLUMN = torch.randn(2, 4, 3), torch.randn(2, 4, 5)
+Q = torch.randn(2, 4, 3)
+PAIR = (torch.randn(1, 16, 3), torch.randn(1, 16, 5), [torch.randn(1, 4, 16)] * 4)
+BAD = [
+    (TypeError, "x must be a tensor", lambda: ops.axial_squeeze([1.0])),
+    (ValueError, r"x .*\(B, C, H, W\), got shape \(4, 3, 5\)", lambda: ops.axial_squeeze(X[0])),
+    (ValueError, r"x .*got shape \(2, 4, 0, 5\)", lambda: ops.axial_squeeze(X[:, :, :0])),
+    (ValueError, r"x .*got shape \(2, 4, 3, 0\)", lambda: ops.axial_squeeze(X[..., :0])),
+    (TypeError, r"x .*torch.int64", lambda: ops.axial_squeeze(X.long())),
+    (TypeError, r"x .*torch.complex64", lambda: ops.axial_squeeze(X.cfloat())),
+    (ValueError, "backend .*'metal'", lambda: ops.axial_squeeze(X, backend="metal")),
+    (ValueError, r"k must have shape \(2, 4, 3\)", lambda: ops.axial_attention(Q, Q[:1], Q, 2, 1)),
+    (ValueError, "v must have shape", lambda: ops.axial_attention(Q, Q, Q[..., :2], 2, 1.0)),
+    (ValueError, "q must have a multiple of heads=3", lambda: ops.axial_attention(Q, Q, Q, 3, 1.0)),
+    (ValueError, "heads .*got 0", lambda: ops.axial_attention(Q, Q, Q, 0, 1.0)),
+    (ValueError, "heads .*got 1.5", lambda: ops.axial_attention(Q, Q, Q, 1.5, 1.0)),
+    (TypeError, "k is torch.float64", lambda: ops.axial_attention(Q, Q.double(), Q, 2, 1.0)),
+    (ValueError, "v is on meta", lambda: ops.axial_attention(Q, Q, Q.to("meta"), 2, 1.0)),
+    (
+        ValueError,
+        "column .*in B and NQ",
+        lambda: ops.axial_attention_pair(PAIR[0], Q, PAIR[2], 2, 2),
+    ),
+    (
+        ValueError,
+        "tables must be four",
+        lambda: ops.axial_attention_pair(*PAIR[:2], PAIR[2][:3], 2, 2),
+    ),
+    (ValueError, r"tables\[0\] .*\(1, 2, 16\)", lambda: ops.axial_attention_pair(*PAIR, 2, 1)),
+    (ValueError, "row must have more than 2", lambda: ops.axial_attention_pair(*PAIR, 2, 4)),
+    (ValueError, "key_dim .*got -1", lambda: ops.axial_attention_pair(*PAIR, 2, -1)),
+    (ValueError, "row must have shape", lambda: ops.broadcast_add(X, COLUMN, COLUMN)),
+    (ValueError, "column must have shape", lambda: ops.broadcast_add(X, ROW, ROW)),
+    (ValueError, "activation .*'gelu'", lambda: ops.broadcast_add(X, ROW, COLUMN, "gelu")),
+    (TypeError, "row is torch.float16", lambda: ops.broadcast_add(X, ROW.half(), COLUMN)),
+    (ValueError, "y must have shape", lambda: ops.gate(X, X[:1])),
+    (TypeError, "y is torch.float64", lambda: ops.gate(X, X.double())),
+]
+
+
+@pytest.mark.parametrize(("error", "message", "call"), BAD, ids=[message for _, message, _ in BAD])
+def test_bad_input_names_the_argument_and_shows_the_value(error, message, call):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_bad_input_of_the_block():
+    block, x = block_and_input()
+    folded = fold.fold(block)
+    for error, message, bad in (
+        (ValueError, "C=16 channels", x[:, :8]),
+        (ValueError, r"\(B, C, H, W\)", x[0]),
+        (TypeError, "x is torch.float16, the weights are torch.float32", x.half()),
+        (TypeError, "x is torch.float64, the weights are torch.float32", x.double()),
+        (ValueError, "x is on meta", x.to("meta")),
+    ):
+        with pytest.raises(error, match=message):
+            ops.sea_attention(bad, folded)
+
+
+# --- choice of a backend ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_explicit_backend_without_an_implementation_raises(case, backend):
+    with pytest.raises(RuntimeError, match=f"no {backend} implementation of {case.name}"):
+        case.run(case.inputs(0, "cpu", torch.float32), backend)
+
+
+def test_explicit_cpu_backend_refuses_what_it_cannot(library):
+    with pytest.raises(RuntimeError, match="float64"):
+        ops.axial_squeeze(X.double(), "cpu")
+    with pytest.raises(RuntimeError, match="CPU tensors, got meta"):
+        ops.axial_squeeze(X.to("meta"), "cpu")
+
+
+def test_auto(library):
+    device = torch.device("cpu")
+    assert ops.choose("axial_squeeze", "auto", device, torch.float32) == "cpu"
+    assert ops.choose("axial_squeeze", "auto", device, torch.float64) == "reference"
+    assert ops.choose("gate", "auto", device, torch.float32) == "reference"
+    assert ops.choose("axial_squeeze", "auto", torch.device("meta"), torch.float32) == "reference"
+
+
+def test_auto_says_once_that_it_falls_back(monkeypatch):
+    monkeypatch.setattr(native, "REASON", "the library is broken")
+    monkeypatch.setattr(ops, "_warned", set())
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            ops.axial_squeeze(X)
+            ops.gate(X, X)
+            ops.axial_squeeze(X.double())
+    assert [str(warning.message) for warning in seen] == [
+        "seaattn_kernels uses plain PyTorch: the library is broken"
+    ]
+    with pytest.raises(RuntimeError, match="the library is broken"):
+        ops.axial_squeeze(X, backend="cpu")
+
+
+def test_environment_sets_what_auto_means(library):
+    code = (
+        "import warnings, torch\n"
+        "from seaattn_kernels import ops\n"
+        "d = torch.device('cpu')\n"
+        "with warnings.catch_warnings(record=True) as seen:\n"
+        "    warnings.simplefilter('always')\n"
+        "    print(*(ops.choose(o, 'auto', d, torch.float32) for o in ('axial_squeeze', 'gate')))\n"
+        "print(len(seen))\n"
+    )
+    expected = {
+        "": "cpu reference 0",
+        "reference": "reference reference 0",
+        "cpu": "cpu reference 1",
+        "triton": "reference reference 2",
+    }
+    for value, words in expected.items():
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "SEAATTN_BACKEND": value},
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.stdout.split() == words.split(), (value, done)
+
+
+def test_environment_is_checked(monkeypatch):
+    monkeypatch.setattr(ops, "_AUTO", "metal")
+    with pytest.raises(ValueError, match=r"SEAATTN_BACKEND .*'metal'"):
+        ops.axial_squeeze(X)
+
+
+def test_a_call_costs_little_beside_its_arithmetic():
+    """The checks and the choice of a backend, over the bare registered overload."""
+    from timeit import repeat
+
+    x = torch.randn(1, 8, 4, 4)
+    bare = overload("gate")
+    public = min(repeat(lambda: ops.gate(x, x, backend="reference"), number=200, repeat=20))
+    direct = min(repeat(lambda: bare(x, x, True), number=200, repeat=20))
+    assert (public - direct) / 200 < 40e-6

@@ -1,0 +1,245 @@
+"""The judge can say no: every planted fault and every error over the budget is noticed."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from seaattn_kernels import SeaAttention, ops, reference, verify
+
+GOLDEN = sorted(verify.GOLDEN.glob("*.npz"))
+BLOCK = verify.GOLDEN / "square16.npz"
+
+
+def test_all_golden_files_are_here():
+    kinds = [verify.load_golden(path).meta["kind"] for path in GOLDEN]
+    assert kinds.count("sea_attention") == 6
+    assert kinds.count("seaformer_classifier") == 2
+    assert kinds.count("seaformer_segmenter") == 1
+
+
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda p: p.stem)
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_golden(path, backend):
+    """Outputs, all gradients and running statistics, eval and train, and the folded path."""
+    golden = verify.load_golden(path)
+    errors = verify.golden_errors(golden, backend)
+    assert errors.keys() >= golden.arrays.keys()
+    assert max(errors.values()) <= 1, errors
+
+
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda p: p.stem)
+def test_golden_in_float32_keeps_the_budget(path):
+    """The folded path and eager, both in float32, against the official float64 output."""
+    golden = verify.load_golden(path)
+    name = "eval/out" if golden.meta["kind"] == "sea_attention" else "logits"
+    model = golden.model().float().eval()
+    eager = copy.deepcopy(model)
+    for layer in eager.modules():
+        if isinstance(layer, SeaAttention):
+            layer.forward = lambda x, layer=layer: reference.sea_attention(layer, x)
+    x = golden.random("x").float()
+    with torch.no_grad():
+        verdict = verify.judge([model(x)], [eager(x)], [golden.arrays[name]], torch.float32)
+    assert verdict.ok, str(verdict)
+
+
+# --- the judge -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", verify.BUDGETS)
+def test_judge(dtype):
+    truth = [torch.randn(1000, dtype=torch.float64) for _ in range(3)]
+    eager = [t.to(dtype) for t in truth]
+    assert verify.judge(eager, eager, truth, dtype).ok
+    eps = torch.finfo(dtype).eps
+    noise = [torch.randn(1000, dtype=torch.float64) * eps for _ in range(3)]
+
+    def noisy(factor):
+        return [t + factor * n for t, n in zip(truth, noise, strict=True)]
+
+    assert verify.judge(noisy(5), noisy(5), truth, dtype).ok
+    assert not verify.judge(noisy(9), noisy(5), truth, dtype).ok
+    assert not verify.judge(noisy(5), eager, truth, dtype).ok
+    spoiled = noisy(5)
+    spoiled[1][7] += 200 * eps
+    assert not verify.judge(spoiled, noisy(5), truth, dtype).ok
+    spoiled[1][7] = float("nan")
+    assert not verify.judge(spoiled, noisy(5), truth, dtype).ok
+
+
+def test_golden_error_notices_a_wrong_shape_and_nan():
+    golden = verify.load_golden(BLOCK)
+    out = golden.arrays["eval/out"]
+    assert golden.error("eval/out", out) == 0
+    assert golden.error("eval/out", out + 1e-10) > 1
+    assert golden.error("eval/out", out[:1]) == float("inf")
+    assert golden.error("eval/out", out * float("nan")) == float("inf")
+
+
+# --- planted faults --------------------------------------------------------------------------
+
+
+def _attention_zeroed(monkeypatch):
+    original = reference.axial_attention
+    monkeypatch.setattr(reference, "axial_attention", lambda *a: 0 * original(*a))
+
+
+def _scale_dropped(monkeypatch):
+    original = reference.axial_attention
+    monkeypatch.setattr(reference, "axial_attention", lambda q, k, v, h, s: original(q, k, v, h, 1))
+
+
+def _softmax_over_queries(monkeypatch):
+    original = reference.axial_attention
+    swapped = lambda q, k, v, h, s: original(k, q, v, h, s)  # noqa: E731
+    monkeypatch.setattr(reference, "axial_attention", swapped)
+
+
+def _heads_mixed(monkeypatch):
+    original = reference.axial_attention
+
+    def mixed(q, k, v, heads, scale):
+        return original(q.roll(1, dims=1), k, v, heads, scale)
+
+    monkeypatch.setattr(reference, "axial_attention", mixed)
+
+
+def _rows_and_columns_swapped(monkeypatch):
+    """On a square map nothing but the values changes."""
+    squeeze, folded = reference.axial_squeeze, reference.sea_attention_folded
+
+    def swapped(x, weights, *arguments):
+        w = list(weights)
+        w[6:10] = [*w[8:10], *w[6:8]]
+        return folded(x, w, *arguments)
+
+    monkeypatch.setattr(ops, "axial_squeeze", lambda x, *_: squeeze(x)[::-1])
+    monkeypatch.setattr(reference, "sea_attention_folded", swapped)
+
+
+def _table_dropped(index):
+    def plant(monkeypatch):
+        pair, interpolate = ops.axial_attention_pair, reference.interpolate
+        calls = iter(range(10**6))
+
+        def without(row, column, tables, *rest):
+            tables = [0 * t if i == index else t for i, t in enumerate(tables)]
+            return pair(row, column, tables, *rest)
+
+        def folded(table, length):
+            """The fold interpolates q and k together: first the row's, then the column's."""
+            half = table.shape[1] // 2
+            table = table.clone()
+            if next(calls) % 2 == index // 2:
+                table[:, half * (index % 2) : half * (index % 2 + 1)] = 0
+            return interpolate(table, length)
+
+        monkeypatch.setattr(ops, "axial_attention_pair", without)
+        if index < 4:
+            monkeypatch.setattr("seaattn_kernels.fold.reference.interpolate", folded)
+
+    return plant
+
+
+def _dwconv_padded_with_the_bias(monkeypatch):
+    convolve, last = F.conv2d, {}
+
+    def conv2d(x, weight, bias, groups=1, padding=0):
+        if groups == 1:
+            last["bias"] = bias
+            return convolve(x, weight, bias)
+        border = (
+            last["bias"].view(1, -1, 1, 1).expand(x.shape[0], -1, x.shape[2] + 2, x.shape[3] + 2)
+        )
+        padded = border.clone()
+        padded[:, :, 1:-1, 1:-1] = x
+        return convolve(padded, weight, bias, groups=groups)
+
+    functions = SimpleNamespace(**{**vars(F), "conv2d": conv2d})
+    monkeypatch.setattr(reference, "F", functions)
+
+
+def _weight_changed(index, change):
+    """A fault in one folded tensor, by its place in BlockWeights."""
+
+    def plant(monkeypatch):
+        folded = reference.sea_attention_folded
+
+        def faulty(x, weights, *arguments):
+            weights = list(weights)
+            weights[index] = change(weights[index])
+            return folded(x, weights, *arguments)
+
+        monkeypatch.setattr(reference, "sea_attention_folded", faulty)
+
+    return plant
+
+
+def _soft_gate(monkeypatch):
+    folded, gate = reference.gate, ops.gate
+    monkeypatch.setattr(reference, "gate", lambda x, y, hard: folded(x, y, False))
+    monkeypatch.setattr(ops, "gate", lambda x, y, backend: gate(x, y, False, backend))
+
+
+def _activation_unclipped(monkeypatch):
+    activate = reference.activate
+    monkeypatch.setattr(reference, "activate", lambda x, name, slope: activate(x, "relu", slope))
+
+
+#: What each fault must show in: the folded path, the path with gradients, or both.
+FAULTS = {
+    "attention zeroed": (_attention_zeroed, "both"),
+    "scale dropped": (_scale_dropped, "both"),
+    "softmax over the queries": (_softmax_over_queries, "both"),
+    "heads mixed": (_heads_mixed, "both"),
+    "rows and columns swapped": (_rows_and_columns_swapped, "both"),
+    **{
+        f"position table {name} dropped": (_table_dropped(index), "both")
+        for index, name in enumerate(("row q", "row k", "column q", "column k"))
+    },
+    "dwconv padded with the bias": (_dwconv_padded_with_the_bias, "folded"),
+    "qkv bias missing": (_weight_changed(1, torch.zeros_like), "folded"),
+    "encode bias missing": (_weight_changed(7, torch.zeros_like), "folded"),
+    "proj bias missing": (_weight_changed(11, torch.zeros_like), "folded"),
+    "kernel mirrored": (_weight_changed(2, lambda w: w.flip(2)), "folded"),
+    "encode transposed": (_weight_changed(6, lambda w: w.t()), "folded"),
+    "half precision": (_weight_changed(4, lambda w: w.half().double()), "folded"),
+    "sigmoid instead of h_sigmoid": (_soft_gate, "both"),
+    "ReLU instead of ReLU6": (_activation_unclipped, "both"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_fault_is_noticed(fault, monkeypatch):
+    plant, where = FAULTS[fault]
+    golden = verify.load_golden(BLOCK)
+    plant(monkeypatch)
+    errors = verify.golden_errors(golden, "reference")
+    assert errors["folded/out"] > 1
+    if where == "both":
+        assert errors["eval/out"] > 1
+        assert errors["train/out"] > 1
+        assert errors["eval/grad/x"] > 1
+
+
+def test_planted_fault_is_noticed_in_float32(monkeypatch):
+    """The budget is tight enough for a fault of the size of half precision."""
+    case = verify.BLOCK_CASES[3]
+    assert verify.block_verdict(case, "reference", torch.float32).ok
+    _weight_changed(4, lambda w: w.half().float())(monkeypatch)
+    assert not verify.block_verdict(case, "reference", torch.float32).ok
+
+
+def test_a_fresh_block_would_hide_everything(monkeypatch):
+    """Why every test randomises: without attention a fresh block gives the same output."""
+    block = SeaAttention(16).eval()
+    x = torch.randn(1, 16, 5, 5)
+    with torch.no_grad():
+        expected = block(x)
+        _attention_zeroed(monkeypatch)
+        assert torch.equal(block(x), expected)
+        block = verify.randomise(block)
+        assert not torch.allclose(block(x), reference.sea_attention(block, x), atol=1e-3)
