@@ -60,9 +60,9 @@ def collect() -> dict:
     }
 
 
-def info(arguments: argparse.Namespace) -> int:
+def info(as_json: bool) -> int:
     report = collect()
-    if arguments.json:
+    if as_json:
         print(json.dumps(report, indent=2))
         return 0
     for section in ("versions", "devices", "library"):
@@ -77,14 +77,10 @@ def info(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def verify(arguments: argparse.Namespace) -> int:
+def verify(golden: Path | None) -> int:
     from seaattn_kernels import verify as judge
 
-    return 0 if judge.run(arguments.golden) else 1
-
-
-def demo(arguments: argparse.Namespace) -> int:
-    return _demo().run_arguments(arguments)
+    return 0 if judge.run(golden) else 1
 
 
 def _demo():
@@ -102,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="command")
 
     command = commands.add_parser("info", help="versions, devices, and what each backend can run")
-    command.add_argument("--json", action="store_true")
+    command.add_argument("--json", action="store_true", dest="as_json")
     command.set_defaults(function=info)
 
     command = commands.add_parser("verify", help="golden files and odd shapes on every backend")
@@ -111,11 +107,12 @@ def main(argv: list[str] | None = None) -> int:
 
     command = commands.add_parser("demo", help="SeaFormer on a photograph: eager against this")
     if argv[:1] == ["demo"]:
-        _demo().add_arguments(command)
-    command.set_defaults(function=demo)
+        demo = _demo()
+        demo.add_arguments(command)
+        command.set_defaults(function=demo.run)
 
-    arguments = parser.parse_args(argv)
-    return arguments.function(arguments)
+    arguments = vars(parser.parse_args(argv))
+    return arguments.pop("function")(**arguments)
 
 
 if __name__ == "__main__":

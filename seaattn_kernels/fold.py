@@ -43,6 +43,7 @@ class BlockWeights(NamedTuple):
     column_bias: Tensor  # (DH,)
     proj_weight: Tensor  # (C, DH)
     proj_bias: Tensor  # (C,)
+    axis_weight: Tensor  # (NQ, C): qkv_weight in float64, or float32 beside half precision
     position: Tensor  # (2*heads*D, H + W)
 
 
@@ -50,7 +51,7 @@ class BlockWeights(NamedTuple):
 class FoldedWeights:
     """A block in eval mode: twelve folded tensors, four raw position tables, and its constants."""
 
-    convolutions: tuple[Tensor, ...] = field(repr=False)  # BlockWeights without position
+    convolutions: tuple[Tensor, ...] = field(repr=False)  # BlockWeights but for the last two
     tables: tuple[Tensor, ...] = field(repr=False)  # row q, k, column q, k: (1, heads*D, P)
     heads: int
     key_dim: int
@@ -94,7 +95,11 @@ class FoldedWeights:
         return ready
 
     def _cast(self, dtype: torch.dtype) -> list[Tensor]:
-        return [t if t.dim() == 1 else t.to(dtype) for t in self.convolutions]
+        tensors = [t if t.dim() == 1 else t.to(dtype) for t in self.convolutions]
+        # Not every accelerator has float64.
+        wider = torch.float64 if self.device.type in ("cpu", "cuda") else torch.float32
+        axis_weight = self.convolutions[0].to(wider if dtype.itemsize >= 4 else self.dtype)
+        return [*tensors, axis_weight]
 
     def _position(self, height: int, width: int) -> Tensor:
         row_q, row_k, column_q, column_k = self.tables

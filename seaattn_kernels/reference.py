@@ -16,18 +16,20 @@ from torch import Tensor, nn
 ACTIVATIONS = ("identity", "relu", "relu6", "leaky_relu", "silu")
 
 
-def activate(x: Tensor, activation: str, negative_slope: float = 0.01) -> Tensor:
+def activate(
+    x: Tensor, activation: str, negative_slope: float = 0.01, inplace: bool = False
+) -> Tensor:
     """``act(x)`` elementwise; ``negative_slope`` is used by ``leaky_relu`` alone."""
     if activation == "identity":
         return x
     if activation == "relu":
-        return F.relu(x)
+        return F.relu(x, inplace)
     if activation == "relu6":
-        return F.relu6(x)
+        return F.relu6(x, inplace)
     if activation == "leaky_relu":
-        return F.leaky_relu(x, negative_slope)
+        return F.leaky_relu(x, negative_slope, inplace)
     if activation == "silu":
-        return F.silu(x)
+        return F.silu(x, inplace)
     raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
 
 
@@ -157,10 +159,12 @@ def sea_attention_folded(
 
     The axis vectors come from the two means of ``x`` where that is cheaper: a 1x1 convolution
     commutes with a mean. They are few, so they stay in the dtype of the biases, at least float32.
+    The projection of a mean rounds once where the mean of a projection averages the roundings of a
+    whole row: ``axis_weight`` is wider than the other weights to make up for it.
     """
     (
         qkv_weight, qkv_bias, dw_weight, dw_bias, pw_weight, pw_bias, row_weight, row_bias,
-        column_weight, column_bias, proj_weight, proj_bias, position,
+        column_weight, column_bias, proj_weight, proj_bias, axis_weight, position,
     ) = weights  # fmt: skip
     height, width = x.shape[2:]
     wide = qkv_bias.dtype
@@ -169,10 +173,13 @@ def sea_attention_folded(
     def project(t: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return F.conv2d(t, weight[:, :, None, None], bias.to(t.dtype))
 
-    qkv = project(x, qkv_weight, qkv_bias)
+    # On a CPU the maps are many times a cache, and a depthwise convolution vectorises over
+    # channels: channels_last, and no new map where an old one will do.
+    inner = x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x
+    qkv = project(inner, qkv_weight, qkv_bias)
     if squeeze_first(x.shape[1], qkv.shape[1], height, width):
         means = torch.cat([x.mean(3, dtype=wide), x.mean(2, dtype=wide)], dim=2)
-        axis = torch.matmul(qkv_weight.to(wide), means) + qkv_bias[:, None]
+        axis = torch.matmul(axis_weight, means.to(axis_weight.dtype)).to(wide) + qkv_bias[:, None]
     else:
         axis = torch.cat([qkv.mean(3, dtype=wide), qkv.mean(2, dtype=wide)], dim=2)
     queries_keys = axis[:, : 2 * keys] + position
@@ -186,10 +193,12 @@ def sea_attention_folded(
 
     row = attend(0, height, row_weight, row_bias)
     column = attend(height, width, column_weight, column_bias)
-    mixed = qkv[:, 2 * keys :] + row[..., :, None] + column[..., None, :]
-    mixed = activate(mixed, activation, negative_slope)
+    mixed = (qkv[:, 2 * keys :] + row[..., :, None]).add_(column[..., None, :])
+    mixed = activate(mixed, activation, negative_slope, inplace=True)
+    weight = project(mixed, proj_weight, proj_bias)
+    weight = F.hardsigmoid(weight, inplace=True) if hard else weight.sigmoid_()
     local = F.conv2d(
         qkv, dw_weight[:, None], dw_bias.to(x.dtype), padding=1, groups=dw_weight.shape[0]
     )
-    detail = project(activate(local, activation, negative_slope), pw_weight, pw_bias)
-    return follow_layout(gate(project(mixed, proj_weight, proj_bias), detail, hard), x)
+    local = activate(local, activation, negative_slope, inplace=True)
+    return follow_layout(weight.mul_(project(local, pw_weight, pw_bias)), x)

@@ -15,7 +15,7 @@ from seaattn_kernels import SeaAttention, fold, reference, verify
 
 
 def make(dtype=torch.float64, **options):
-    block = SeaAttention(12, 4, 2, activation="relu6", **options)
+    block = SeaAttention(12, 4, 2, **options)
     return verify.randomise(block.to(dtype)).eval()
 
 
@@ -74,8 +74,15 @@ def test_weights_are_cast_once_and_biases_stay_wide():
     folded = block._folds.get(block)
     weights = folded.weights(torch.float16, 6, 7)
     for name, tensor in weights._asdict().items():
-        wide = name.endswith("bias") or name == "position"
+        wide = name.endswith("bias") or name in ("axis_weight", "position")
         assert tensor.dtype is (torch.float32 if wide else torch.float16), name
+    assert (
+        make(torch.float32)
+        ._folds.get(make(torch.float32))
+        .weights(torch.float32, 6, 7)
+        .axis_weight.dtype
+        is torch.float64
+    )
     again = folded.weights(torch.float16, 9, 5)
     assert again.qkv_weight is weights.qkv_weight
     assert folded.weights(torch.float16, 6, 7) is weights
@@ -87,7 +94,7 @@ def test_shapes():
     weights = fold.fold(block).weights(torch.float32, 6, 7)
     nq, dh, c = 28, 12, 12
     shapes = [(nq, c), (nq,), (nq, 3, 3), (nq,), (c, nq), (c,)]
-    shapes += [(dh, dh), (dh,), (dh, dh), (dh,), (c, dh), (c,), (16, 13)]
+    shapes += [(dh, dh), (dh,), (dh, dh), (dh,), (c, dh), (c,), (nq, c), (16, 13)]
     assert [tuple(t.shape) for t in weights] == shapes
     assert all(t.is_contiguous() and not t.requires_grad for t in weights)
 
@@ -100,6 +107,19 @@ def test_position_tables_are_bounded():
     assert len(folded._ready) == fold.MAP_SIZES
     last = folded.weights(torch.float32, 2 * fold.MAP_SIZES - 1, 3)
     assert folded.weights(torch.float32, 2 * fold.MAP_SIZES - 1, 3) is last
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("size", [(5, 6), (17, 19)])
+@pytest.mark.parametrize("activation", ["relu6", "relu", "silu"])
+def test_nan_and_infinity_go_where_eager_sends_them(value, size, activation):
+    block = make(torch.float32, activation=activation)
+    x = torch.randn(2, 12, *size)
+    x[1, 3, 2, 4] = value
+    expected, found = eager(block, x), ours(block, x)
+    assert expected[1].isnan().any()
+    assert torch.equal(found.isnan(), expected.isnan())
+    torch.testing.assert_close(found[0], expected[0])
 
 
 # --- staleness -------------------------------------------------------------------------------

@@ -149,10 +149,12 @@ def _dwconv_padded_with_the_bias(monkeypatch):
 
     def conv2d(x, weight, bias, groups=1, padding=0):
         if groups == 1:
-            last["bias"] = bias
+            last[bias.shape[0]] = bias
             return convolve(x, weight, bias)
         border = (
-            last["bias"].view(1, -1, 1, 1).expand(x.shape[0], -1, x.shape[2] + 2, x.shape[3] + 2)
+            last[x.shape[1]]
+            .view(1, -1, 1, 1)
+            .expand(x.shape[0], -1, x.shape[2] + 2, x.shape[3] + 2)
         )
         padded = border.clone()
         padded[:, :, 1:-1, 1:-1] = x
@@ -179,14 +181,16 @@ def _weight_changed(index, change):
 
 
 def _soft_gate(monkeypatch):
-    folded, gate = reference.gate, ops.gate
-    monkeypatch.setattr(reference, "gate", lambda x, y, hard: folded(x, y, False))
+    gate, folded = ops.gate, reference.sea_attention_folded
     monkeypatch.setattr(ops, "gate", lambda x, y, backend: gate(x, y, False, backend))
+    monkeypatch.setattr(reference, "sea_attention_folded", lambda *a: folded(*a[:-1], False))
 
 
 def _activation_unclipped(monkeypatch):
     activate = reference.activate
-    monkeypatch.setattr(reference, "activate", lambda x, name, slope: activate(x, "relu", slope))
+    monkeypatch.setattr(
+        reference, "activate", lambda x, name, slope, **options: activate(x, "relu", slope)
+    )
 
 
 #: What each fault must show in: the folded path, the path with gradients, or both.

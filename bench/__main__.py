@@ -1,0 +1,122 @@
+"""``python -m bench run`` measures blocks and writes a result file; ``plot`` draws one."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from bench import results
+from bench.cases import CASES
+from bench.measure import DTYPES, PROVIDERS, available, measure
+from bench.plot import plot
+from seaattn_kernels.verify import SEEDS
+
+SCRATCH = Path("out/bench")
+LEGEND = (
+    "interval: 95 % of the median. limit: time over the limit (bench/limit.py): 1 is at it.\n"
+    "error: root mean square against float64, eager's in brackets."
+)
+BEATEN = (
+    "Below 1 the limit is beaten: it is torch.mm's time, and the convolutions of torch go through "
+    "another library."
+)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="check, then time; write JSON and a chart")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    run.add_argument("--device", type=torch.device, default=device)
+    run.add_argument("--dtype", choices=DTYPES, default="float32")
+    run.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE")
+    run.add_argument("--batch", type=int, default=1)
+    run.add_argument("--threads", type=int, help="torch.set_num_threads")
+    run.add_argument("--providers", nargs="+", choices=PROVIDERS, metavar="PROVIDER")
+    run.add_argument("--quick", action="store_true", help="two maps a case, less time on each")
+    run.add_argument("--out", type=Path, help="folder (bench/results/<machine>; quick: out/bench)")
+    draw = commands.add_parser("plot", help="draw the chart of a result file")
+    draw.add_argument("results", type=Path)
+    draw.add_argument("--out", type=Path, help="PNG (beside the result file)")
+    return parser
+
+
+def _line(row: dict) -> str:
+    return (
+        f"{row['case']:<11} {row['height']:>3}x{row['width']:<4} {row['provider']:<10}"
+        f"{row['ms']:>9.3f} ms [{row['ms_low']:.3f}, {row['ms_high']:.3f}]"
+        f"  first {row['ms_first']:.1f} ms  {row['speedup']:.2f}x eager"
+        f"  limit {row['of_limit']:.2f}"
+        f"  error {row['rms_error']:.1e} ({row['rms_error_eager']:.1e})"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure what was asked for; non-zero where a provider was refused or a key stopped it."""
+    device, dtype = arguments.device, DTYPES[arguments.dtype]
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    # Compiling takes longer than a quick run.
+    wanted = arguments.providers or (PROVIDERS[:-1] if arguments.quick else PROVIDERS)
+    providers = available(wanted, device, dtype)
+    if "auto" in wanted and "auto" not in providers:
+        print("auto is the reference here: listed once")
+    jobs = [
+        (CASES[name], size)
+        for name in arguments.cases
+        for size in list(CASES[name].maps.values())[: 2 if arguments.quick else None]
+    ]
+    rows: list[dict] = []
+    status = 0
+    try:
+        for case, size in tqdm(jobs, desc="blocks", unit="map", dynamic_ncols=True):
+            found = measure(
+                case, size, providers, device, dtype, arguments.batch,
+                seconds=0.3 if arguments.quick else 2.0,
+                seeds=SEEDS[:3] if arguments.quick else SEEDS,
+                log=tqdm.write,
+            )  # fmt: skip
+            status |= len(found) < len(providers)
+            for row in found:
+                tqdm.write(_line(row))
+            rows += found
+    except KeyboardInterrupt:
+        print("stopped: what is done is kept", file=sys.stderr)
+        status = 130
+    if not rows:
+        return status or 1
+    print(LEGEND)
+    wide = sum(row["ms_high"] > 1.5 * row["ms_low"] for row in rows)
+    if 2 * wide > len(rows):
+        print(f"{wide} of {len(rows)} intervals are wide: is the machine busy with other work?")
+    if device.type == "cpu" and any(row["of_limit"] < 1 for row in rows):
+        print(BEATEN)
+    first = rows[0]
+    print(
+        f"torch.mm at {first['case']} {first['height']}x{first['width']}: "
+        f"{first['limit_gflops']:.0f} GFLOP/s, large matrices {first['matrix_gflops']:.0f} GFLOP/s"
+    )
+    folder = arguments.out or (SCRATCH if arguments.quick else results.results_dir(device))
+    path = (
+        folder / f"{arguments.dtype}-batch{arguments.batch}-threads{torch.get_num_threads()}.json"
+    )
+    document = results.document(rows, device)
+    results.write(path, document)
+    print(path)
+    print(plot(document, path.with_suffix(".png")))
+    return status
+
+
+def main() -> int:
+    arguments = _parser().parse_args()
+    if arguments.command == "run":
+        return run(arguments)
+    chart = arguments.out or arguments.results.with_suffix(".png")
+    print(plot(results.read(arguments.results), chart))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,174 @@
+"""The demonstration: a real model on a photograph, then its attention block across resolutions."""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.cbook import get_sample_data
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from bench import results
+from bench.cases import CASES, SWEEP_SIDES
+from bench.eager import as_eager
+from bench.measure import DTYPES, auto_backend, measure
+from bench.plot import plot
+from bench.timing import Measured, check_then_time
+from seaattn_kernels import seaformer
+from seaattn_kernels.verify import SEEDS, randomise
+
+SIDE = 512
+# Of ImageNet, as the official models were trained.
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of :func:`run`, by the names of its arguments."""
+    parser.add_argument("--checkpoint", type=Path, help="official weights (default: random)")
+    parser.add_argument("--image", type=Path, help="a photograph (default: matplotlib's sample)")
+    parser.add_argument("--variant", choices=seaformer.CONFIGS, default="b")
+    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--out", type=Path, help="folder of the results (default: out/demo)")
+    parser.add_argument("--quick", action="store_true", help="three maps, less time on each")
+
+
+def run(
+    checkpoint: Path | str | None = None,
+    image: Path | str | None = None,
+    variant: str = "b",
+    device: torch.device | str | None = None,
+    dtype: str = "float32",
+    out: Path | str | None = None,
+    quick: bool = False,
+) -> int:
+    """Verify, time and chart; 0 where everything is right. Takes up to two minutes on two cores."""
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    folder = Path(out or "out/demo")
+    seconds = 1.0 if quick else 3.0
+    backend = auto_backend(device, DTYPES[dtype])
+    print(f"seaattn_kernels on {device}, {dtype}: the block runs on the backend {backend!r}")
+
+    ok, model_row = _model(checkpoint, image, variant, device, dtype, seconds)
+
+    case = CASES[f"{variant.upper()}1"]
+    print(f"\nThe attention block {case.name} (C={case.channels}, D={case.key_dim}, "
+          f"{case.heads} heads) across resolutions:\n"
+          f"{'map':>9}{'eager ms':>12}{'ours ms':>12}{'speed-up':>10}{'limit ms':>12}")  # fmt: skip
+    ours = "reference" if backend == "reference" else "auto"
+    rows: list[dict] = []
+    beaten = False
+    sides = SWEEP_SIDES[:3] if quick else SWEEP_SIDES
+    for side in tqdm(sides, desc="block", unit="map", leave=False, dynamic_ncols=True):
+        found = {
+            row["provider"]: row
+            for row in measure(
+                case, (side, side), [ours], device, DTYPES[dtype], seconds=seconds,
+                seeds=SEEDS[:3] if quick else SEEDS, log=tqdm.write,
+            )
+        }  # fmt: skip
+        rows += found.values()
+        if ours not in found:
+            ok = False
+            continue
+        row = found[ours]
+        beaten |= row["of_limit"] < 1
+        tqdm.write(
+            f"{f'{side}x{side}':>9}{found['eager']['ms']:>12.3f}{row['ms']:>12.3f}"
+            f"{row['speedup']:>9.2f}x{row['ms_limit']:>12.3f}"
+        )
+    if device.type == "cuda":
+        print("limit: FLOP or bytes at the measured rates, whichever takes longer, and one launch")
+    else:
+        print("limit: the block's matrix products alone, by torch.mm"
+              + (" (another library can beat it)" if beaten else ""))  # fmt: skip
+
+    document = results.document([*model_row, *rows], device)
+    results.write(folder / "demo.json", document)
+    print("\neverything verified" if ok else "\nVERIFICATION FAILED")
+    print(plot(document, folder / "demo.png"))
+    return 0 if ok else 1
+
+
+def photograph(path: Path | str | None) -> Tensor:
+    """``(1, 3, 512, 512)``, normalised; the sample that comes with matplotlib if None."""
+    with Image.open(path or get_sample_data("grace_hopper.jpg", asfileobj=False)) as picture:
+        pixels = np.array(picture.convert("RGB"), dtype=np.float32) / 255
+    x = torch.from_numpy((pixels - np.float32(MEAN)) / np.float32(STD)).permute(2, 0, 1)[None]
+    return F.interpolate(
+        x.contiguous(), (SIDE, SIDE), mode="bilinear", align_corners=False, antialias=True
+    )
+
+
+def _model(
+    checkpoint: Path | str | None,
+    image: Path | str | None,
+    variant: str,
+    device: torch.device,
+    dtype: str,
+    seconds: float,
+) -> tuple[bool, list[dict]]:
+    """The segmenter on the photograph: prints, and returns whether it is right, and its row."""
+    model = seaformer.seaformer_segmenter(variant)
+    if checkpoint is None:
+        randomise(model)
+        weights = "random weights"
+    else:
+        report = seaformer.load_checkpoint(model, checkpoint)
+        weights = (
+            f"weights of {Path(checkpoint).name} "
+            f"({len(report.missing)} keys missing, {len(report.unexpected)} unexpected)"
+        )
+    model = model.to(device, DTYPES[dtype]).eval()
+    eager, exact = as_eager(model), as_eager(model).double()
+    x = photograph(image).to(device, DTYPES[dtype])
+    name = "matplotlib's sample photograph" if image is None else Path(image).name
+    print(f"SeaFormer-{variant.upper()} with Light Head, {weights}, {name} at {SIDE}x{SIDE}")
+
+    with torch.inference_mode():
+        # A deep network magnifies rounding at a few pixels by far: ten samples make a steady error.
+        views = [x.roll(seed * SIDE // len(SEEDS), dims=3) for seed in SEEDS]
+        measured = check_then_time({"eager": eager, "ours": model}, views, exact, seconds)
+        same = (model(x).argmax(1) == eager(x).argmax(1)).double().mean().item()
+    return _report(measured, same, f"SeaFormer-{variant.upper()} segmenter", device, dtype)
+
+
+def _report(
+    measured: Measured, same: float, name: str, device: torch.device, dtype: str
+) -> tuple[bool, list[dict]]:
+    if "ours" not in measured.timings:
+        print(f"  ours is not timed, it is {measured.refused['ours']}")
+        return False, []
+    verdict, eager, ours = (
+        measured.verdicts["ours"], measured.timings["eager"], measured.timings["ours"],
+    )  # fmt: skip
+    print(f"  error against float64  {verdict}")
+    print(f"  same class as eager    {100 * same:.3f} % of the pixels")
+    print(f"  eager {eager.median * 1e3:.1f} ms, ours {ours.median * 1e3:.1f} ms: "
+          f"{eager.median / ours.median:.2f}x")  # fmt: skip
+    row = {
+        "kind": "model",
+        "case": name,
+        "height": SIDE,
+        "width": SIDE,
+        "batch": 1,
+        "dtype": dtype,
+        "device": device.type,
+        "provider": "auto",
+        "ms_eager": eager.median * 1e3,
+        "ms": ours.median * 1e3,
+        "ms_low": ours.low * 1e3,
+        "ms_high": ours.high * 1e3,
+        "ms_first": ours.first * 1e3,
+        "speedup": eager.median / ours.median,
+        "same_class": same,
+        "rms_error": verdict.rms,
+        "rms_error_eager": verdict.eager_rms,
+        "max_error": verdict.maximum,
+        "max_error_eager": verdict.eager_maximum,
+    }
+    return True, [row]

@@ -1,0 +1,124 @@
+"""A chart from a result file alone: speed-up over eager, and time, by the size of the map."""
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import geometric_mean
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator
+
+# Okabe and Ito's colours, told apart by the colour-blind; markers and dashes for print in grey.
+_STYLES = {
+    "eager": {"color": "#56B4E9", "marker": "s", "linestyle": ":"},
+    "reference": {"color": "#E69F00", "marker": "o", "linestyle": "-."},
+    "auto": {"color": "#0072B2", "marker": "D", "linestyle": "-"},
+    "compile": {"color": "#CC79A7", "marker": "^", "linestyle": (0, (5, 1, 1, 1, 1, 1))},
+    "limit": {"color": "black", "marker": "", "linestyle": "--"},
+}
+_LABELS = {
+    "eager": "eager PyTorch",
+    "reference": "folded PyTorch",
+    "auto": "seaattn_kernels",
+    "compile": "torch.compile",
+    "limit": "limit",
+}
+
+_Points = Mapping[str, Mapping[int, Sequence[float]]]
+
+
+def plot(results: Mapping, path: Path) -> Path:
+    """Draw the block rows of a result file into a PNG.
+
+    Points are cases; a line is their geometric mean at each size of map.
+
+    Raises:
+        ValueError: if there is no such row.
+    """
+    rows = [row for row in results["rows"] if row["kind"] == "block"]
+    if not rows:
+        raise ValueError("nothing to draw: the results hold no block")
+    speedups, times = _collect(rows)
+    # Figure without pyplot: no backend is chosen, no display is touched.
+    figure = Figure(figsize=(11, 4.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+
+    _draw(left, speedups)
+    left.set_yscale("log", base=2)
+    values = [value for name in speedups for y in speedups[name].values() for value in y]
+    low, high = min(0.7, *values) / 1.1, max(1.4, *values) * 1.2
+    left.set_ylim(low, high)
+    left.axhspan(low, 1, color="0.88", zorder=0)
+    left.text(0.99, 0.01, "slower than eager", transform=left.transAxes, ha="right", va="bottom")
+    left.set_ylabel("speed-up over eager PyTorch")
+    left.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}x"))
+
+    _draw(right, times)
+    right.set_yscale("log")
+    right.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    right.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    right.set_ylabel("time of one call (ms)")
+
+    sizes = sorted({(row["height"] * row["width"], _name(row)) for row in rows})
+    for axes in (left, right):
+        axes.set_xscale("log", base=2)
+        ticks = dict(reversed(sizes))
+        axes.set_xticks(list(ticks), list(ticks.values()), rotation=60 if len(ticks) > 8 else 0)
+        axes.minorticks_off()
+        axes.set_xlabel("map, H x W (axis: pixels)")
+        axes.grid(color="0.8", linewidth=0.5)
+        axes.legend()
+    figure.suptitle(_title(results, rows), fontsize=10)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    return path
+
+
+def _collect(rows: Sequence[Mapping]) -> tuple[_Points, _Points]:
+    speedups: dict = defaultdict(lambda: defaultdict(list))
+    times: dict = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        pixels = row["height"] * row["width"]
+        times[row["provider"]][pixels].append(row["ms"])
+        if row["provider"] == "eager":
+            times["limit"][pixels].append(row["ms_limit"])
+            speedups["limit"][pixels].append(row["ms"] / row["ms_limit"])
+        else:
+            speedups[row["provider"]][pixels].append(row["speedup"])
+    return speedups, times
+
+
+def _draw(axes: Axes, lines: _Points) -> None:
+    for name, style in _STYLES.items():
+        if name not in lines:
+            continue
+        points = sorted(lines[name].items())
+        mean = [geometric_mean(values) for _, values in points]
+        several = any(len(values) > 1 for _, values in points)
+        if several and style["marker"]:
+            flat = [(x, y) for x, values in points for y in values]
+            axes.plot(
+                *zip(*flat, strict=True),
+                color=style["color"], marker=style["marker"], linestyle="", markersize=3, alpha=0.5,
+            )  # fmt: skip
+            style = {**style, "marker": ""}
+        axes.plot([x for x, _ in points], mean, label=_LABELS[name], **style)
+
+
+def _name(row: Mapping) -> str:
+    height, width = row["height"], row["width"]
+    side = math.isqrt(height * width)
+    return f"{side}²" if height == width else f"{height}x{width}"
+
+
+def _title(results: Mapping, rows: Sequence[Mapping]) -> str:
+    machine, versions, first = results["machine"], results["versions"], rows[0]
+    where = machine["gpu"] or f"{machine['cpu']}, {machine['torch_threads']} threads"
+    names = ", ".join(dict.fromkeys(row["case"] for row in rows))
+    return (
+        f"Sea attention block ({names}), inference, {first['dtype']}, batch {first['batch']}\n"
+        f"{where}, torch {versions['torch']}, "
+        f"seaattn_kernels {versions['seaattn_kernels']}, {results['date'][:10]}"
+    )

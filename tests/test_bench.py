@@ -1,0 +1,420 @@
+"""The benchmark: its facts, its fairness, its files, and the commands end to end."""
+
+import getpass
+import json
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bench import demo, results
+from bench.cases import CASES, SWEEP_SIDES
+from bench.eager import EagerSeaAttention, as_eager
+from bench.limit import ProductTime, products
+from bench.measure import available, block_of, measure
+from bench.plot import plot
+from bench.timing import Timing, check_then_time, interleave, median_interval
+from seaattn_kernels import SeaAttention
+from seaattn_kernels.verify import SEEDS
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+PNG = b"\x89PNG\r\n\x1a\n"
+
+# --- cases -----------------------------------------------------------------------------------
+
+COLUMNS = ("224", "512", "512x1024", "1024", "1024x2048")
+STRIDE_16 = ((14, 14), (32, 32), (32, 64), (64, 64), (64, 128))
+STRIDE_32 = ((7, 7), (16, 16), (16, 32), (32, 32), (32, 64))
+STRIDE_64 = ((4, 4), (8, 8), (8, 16), (16, 16), (16, 32))
+SEAFORMER = {
+    # name: C, D, heads, NQ, DH, blocks, maps
+    "T1": (128, 16, 4, 256, 128, 2, STRIDE_32),
+    "T2": (160, 24, 4, 384, 192, 2, STRIDE_64),
+    "S1": (160, 16, 6, 384, 192, 3, STRIDE_32),
+    "S2": (192, 24, 6, 576, 288, 3, STRIDE_64),
+    "B1": (192, 16, 8, 512, 256, 4, STRIDE_32),
+    "B2": (256, 24, 8, 768, 384, 4, STRIDE_64),
+    "L1": (192, 16, 8, 512, 256, 3, STRIDE_16),
+    "L2": (256, 20, 8, 640, 320, 3, STRIDE_32),
+    "L3": (320, 24, 8, 768, 384, 3, STRIDE_64),
+}
+YOLO = {
+    "YOLOv8n-P3": (64, 80),
+    "YOLOv8n-P4": (128, 40),
+    "YOLOv8n-P5": (256, 20),
+    "YOLOv8s-P3": (128, 80),
+    "YOLOv8s-P4": (256, 40),
+    "YOLOv8s-P5": (512, 20),
+}
+
+
+def test_the_table_of_cases_is_complete():
+    assert set(CASES) == set(SEAFORMER) | set(YOLO)
+    assert SWEEP_SIDES == (8, 16, 32, 64, 128)
+
+
+@pytest.mark.parametrize("name", SEAFORMER)
+def test_seaformer_case(name):
+    case = CASES[name]
+    sizes = (case.channels, case.key_dim, case.heads, case.projected, case.values, case.blocks)
+    assert (*sizes, tuple(case.maps.values())) == SEAFORMER[name]
+    assert tuple(case.maps) == COLUMNS
+
+
+@pytest.mark.parametrize("name", YOLO)
+def test_yolo_case(name):
+    channels, side = YOLO[name]
+    case = CASES[name]
+    assert (case.channels, case.key_dim, case.heads) == (channels, 16, 4)
+    assert (case.projected, case.values) == (256, 128)
+    assert case.maps == {"640": (side, side)}
+
+
+def test_flops_and_bytes_are_those_of_the_formula():
+    # B1: 2*(C*NQ + 9*NQ + NQ*C + DH*C) a pixel, and what the two axes add.
+    pixel = 2 * (192 * 512 + 9 * 512 + 512 * 192 + 256 * 192)
+    axes = 2 * (7 + 9) * (192 * 512 + 256 * 256) + 2 * (128 + 256) * (7 * 7 + 9 * 9)
+    assert CASES["B1"].flops(7, 9) == 63 * pixel + axes
+    assert CASES["B1"].flops(7, 9, batch=3) == 3 * CASES["B1"].flops(7, 9)
+    assert CASES["B1"].fewest_bytes(7, 9, 2, 4) == 2 * (2 * 192 * 7 * 9) * 4
+
+
+# --- eager -----------------------------------------------------------------------------------
+
+
+class _ComputeOps(TorchDispatchMode):
+    """Counts operators that compute: not those that return a view of an argument by their schema,
+    nor ``_unsafe_view``, a view whose schema does not say so, nor bare allocations."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        is_view = any(result.alias_info is not None for result in func._schema.returns)
+        if not is_view and name not in ("_unsafe_view", "empty"):
+            self.names[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_eager_dispatches_every_op_of_upstream():
+    # 8 convolutions and BatchNorms, 6 means, 4 interpolations; 7 additions (4 tables, row + column,
+    # v, h_sigmoid's 3), 5 clamps (4 activations, h_sigmoid), 4 products of the two attentions with
+    # 2 scales, 2 softmax and 2 copies, the division by 6, the gate, and one cat.
+    block, x = as_eager(block_of(CASES["B1"])), torch.randn(1, 192, 8, 8)
+    with torch.no_grad(), _ComputeOps() as counted:
+        block(x)
+    assert counted.names.total() == 51, counted.names
+    assert counted.names["convolution"] == counted.names["native_batch_norm"] == 8
+
+
+def test_eager_and_the_module_give_the_same_output():
+    block = block_of(CASES["T2"]).double()
+    x = torch.randn(2, 160, 8, 5, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(as_eager(block)(x), block(x), rtol=1e-12, atol=1e-12)
+
+
+def test_as_eager_copies_and_converts_every_block():
+    model = torch.nn.Sequential(
+        torch.nn.Identity(), torch.nn.Sequential(SeaAttention(16, 4, 2)), SeaAttention(16, 4, 2)
+    )
+    eager = as_eager(model)
+    assert [type(m) for m in (eager[1][0], eager[2])] == [EagerSeaAttention] * 2
+    assert [type(m) for m in (model[1][0], model[2])] == [SeaAttention] * 2
+    assert all(
+        a is not b and torch.equal(a, b)
+        for a, b in zip(model.state_dict().values(), eager.state_dict().values(), strict=True)
+    )
+
+
+# --- timing ----------------------------------------------------------------------------------
+
+
+def test_candidates_take_turns_in_blocks(monkeypatch):
+    monkeypatch.setattr("bench.timing.PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr("bench.timing.MOST_REPETITIONS", 2)
+    order = []
+    names = "abc"
+    timings = interleave({name: lambda name=name: order.append(name) for name in names}, seconds=0)
+    assert order[:6] == [*"abc", *"abc"], "first calls, then an estimate of each"
+    blocks = ["".join(order[i : i + 3]) for i in range(6, len(order), 3)]
+    # A warm-up call and two repetitions each; another candidate opens each round.
+    assert blocks[:9] == [3 * name for name in "abcbcacab"]
+    assert [timing.blocks for timing in timings.values()] == [len(blocks) // 3] * 3
+
+
+def test_medians_survive_an_outlier_and_first_calls_stand_apart(monkeypatch):
+    monkeypatch.setattr("bench.timing.MOST_REPETITIONS", 1)
+    calls = Counter()
+
+    def sleeper(name, seconds):
+        def call():
+            calls[name] += 1
+            # The first call, and one timed call, take ten times as long.
+            time.sleep(seconds * (10 if calls[name] in (1, 6) else 1))
+
+        return call
+
+    timings = interleave({"fast": sleeper("fast", 0.002), "slow": sleeper("slow", 0.006)})
+    fast, slow = timings["fast"], timings["slow"]
+    assert 0.002 <= fast.low <= fast.median <= fast.high
+    assert fast.first >= 0.02
+    assert slow.first >= 0.06
+    assert 0.006 <= slow.median < 0.04
+    assert fast.median < slow.median
+
+
+def test_interval_holds_the_median_as_often_as_it_says():
+    assert median_interval([3.0, 1.0, 2.0]) == (1.0, 3.0)
+    assert median_interval(range(6)) == (0, 5), "1/64 on each side"
+    assert median_interval(range(20)) == (5, 14), "the textbook's ranks 6 and 15"
+    samples = np.random.default_rng(0).exponential(size=(2000, 25))
+    hits = [low <= np.log(2) <= high for low, high in map(median_interval, samples)]
+    assert 0.95 <= np.mean(hits) < 0.98
+
+
+def test_a_wrong_candidate_is_refused_before_it_is_timed():
+    calls = Counter()
+
+    def candidate(name, function):
+        def call(x):
+            calls[name] += 1
+            return function(x)
+
+        return call
+
+    def broken(x):
+        raise RuntimeError("no kernel\nfor this device")
+
+    inputs = [torch.randn(64, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    candidates = {
+        "right": candidate("right", torch.exp),
+        "planted": candidate("planted", lambda x: torch.exp(x) * (1 + 1e-5)),
+        "nan": candidate("nan", lambda x: torch.exp(x).log() * float("nan")),
+        "broken": candidate("broken", broken),
+        "eager": candidate("eager", torch.exp),
+    }
+    alongside = {"other": lambda: None}
+    measured = check_then_time(candidates, inputs, torch.exp, 0.05, alongside)
+    assert set(measured.timings) == {"eager", "right", "other"}
+    assert set(measured.refused) == {"planted", "nan", "broken"}
+    assert measured.verdicts["right"].ok
+    assert not measured.verdicts["planted"].ok
+    assert measured.refused["planted"].startswith("wrong: rms")
+    assert measured.refused["broken"] == "raises RuntimeError: no kernel"
+    assert calls["planted"] == calls["nan"] == 3, "once an input, never in the loop"
+    assert calls["right"] > 3
+
+
+def test_a_planted_error_in_the_attention_leaves_no_row(monkeypatch):
+    from bench import measure as module
+
+    class Planted(SeaAttention):
+        def forward(self, x):
+            out = super().forward(x)
+            return out + 1e-4 * out.abs().max()
+
+    original = module._provide
+
+    def provide(name, block):
+        provided = original(name, block)
+        if name == "reference":
+            provided.__class__ = Planted
+        return provided
+
+    monkeypatch.setattr(module, "_provide", provide)
+    said = []
+    rows = measure(
+        CASES["T2"], (4, 4), ["reference"], CPU, torch.float32, seconds=0, log=said.append
+    )
+    assert [row["provider"] for row in rows] == ["eager"]
+    assert len(said) == 1
+    assert said[0].startswith("T2 4x4 reference is not timed, it is wrong: rms")
+
+
+def test_auto_is_listed_only_where_it_is_another_backend(monkeypatch):
+    everything = ("eager", "reference", "auto")
+    monkeypatch.setattr("bench.measure.auto_backend", lambda *_: "reference")
+    assert available(everything, CPU, torch.float32) == ["eager", "reference"]
+    monkeypatch.setattr("bench.measure.auto_backend", lambda *_: "cpu")
+    assert available(everything, CPU, torch.float32) == ["eager", "reference", "auto"]
+    assert available(["auto"], CPU, torch.float32) == ["eager", "auto"]
+
+
+# --- the limit -------------------------------------------------------------------------------
+
+
+def test_the_limit_adds_up_the_better_layout_of_each_product():
+    case = CASES["T1"]
+    assert products(case, 8, 8, 2) == {
+        (256, 128, 128): 1, (128, 256, 128): 1, (128, 128, 128): 1,
+        (128, 128, 16): 2, (256, 128, 32): 1,
+    }  # fmt: skip
+    limit = ProductTime(case, 8, 8, 2, torch.float32)
+    assert len(limit.calls) == 2 * 5 + 1
+    for name, call in limit.calls.items():
+        if name != "sgemm":
+            m, _, n = map(int, name.split()[0].split("x"))
+            assert call().shape in ((m, n), (n, m))
+    seconds = {
+        name: 1.0 if "weights @ map" in name else 0.5 if "128x128x16" in name else 3.0
+        for name in limit.calls
+    }
+    read = limit.read({name: Timing(t, t, t, t, 1) for name, t in seconds.items()})
+    assert read.seconds == 4 * 1.0 + 2 * 0.5
+    flops = sum(count * 2 * m * k * n for (m, k, n), count in limit.products.items())
+    assert read.gflops == pytest.approx(flops / 5 / 1e9)
+    assert read.matrix_gflops == pytest.approx(2 * 1024**3 / 3 / 1e9)
+
+
+# --- files -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def rows():
+    found = []
+    for name, size in (("T1", (4, 4)), ("T2", (4, 4)), ("T2", (4, 8))):
+        found += measure(
+            CASES[name], size, ["reference"], CPU, torch.float32, 2, seconds=0, seeds=SEEDS[:4]
+        )
+    return found
+
+
+def test_a_row_says_everything(rows):
+    assert [(r["case"], r["width"], r["provider"]) for r in rows] == [
+        (case, width, provider)
+        for case, width in (("T1", 4), ("T2", 4), ("T2", 8))
+        for provider in ("eager", "reference")
+    ]
+    for row in rows:
+        assert (row["batch"], row["dtype"], row["device"]) == (2, "float32", "cpu")
+        assert 0 < row["ms_low"] <= row["ms"] <= row["ms_high"]
+        assert row["ms_first"] > 0
+        assert row["of_limit"] == pytest.approx(row["ms"] / row["ms_limit"])
+        assert 0 < row["rms_error"] <= row["max_error"] < 1e-3
+    eager, reference = rows[:2]
+    assert eager["speedup"] == 1
+    assert reference["speedup"] == pytest.approx(eager["ms"] / reference["ms"])
+
+
+def test_results_are_read_as_written_and_name_no_one(rows, tmp_path, monkeypatch):
+    home = str(Path.home())
+    monkeypatch.setattr(
+        sys, "argv", [f"{home}/x/bench/__main__.py", "run", "--out", f"{home}/a", f"--b={home}/c"]
+    )
+    document = results.document(rows, CPU)
+    path = tmp_path / "new" / "r.json"
+    results.write(path, document)
+    assert results.read(path) == document
+    assert document["rows"] == rows
+    assert document["command"] == "python -m bench run --out a --b=c"
+    assert document["versions"]["torch"] == torch.__version__
+    assert set(document["versions"]) >= {"python", "torch", "numpy", "triton", "seaattn_kernels"}
+    machine = document["machine"]
+    assert machine["cpu"]
+    assert machine["cores"] >= 1
+    assert machine["torch_threads"] == torch.get_num_threads()
+    assert machine["gpu"] is None
+    if (ROOT / ".git").exists():
+        assert re.fullmatch(r"[0-9a-f]{40}(\+dirty)?", document["commit"])
+    text = path.read_text()
+    assert home not in text
+    assert str(ROOT) not in text
+    host = socket.gethostname()
+    assert not re.search(rf"\b{re.escape(host)}\b", text) or host == "localhost"
+    user = getpass.getuser()
+    assert f"/{user}" not in text
+
+
+def test_the_commit_is_none_outside_git(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "_CHECKOUT", tmp_path)
+    assert results.commit() is None
+
+
+def test_a_results_folder_is_named_after_the_machine():
+    folder = results.results_dir(CPU)
+    assert folder.parent == ROOT / "bench" / "results"
+    assert re.fullmatch(r"[a-z0-9-]+-cores", folder.name)
+
+
+def test_a_chart_needs_the_file_alone(rows, tmp_path):
+    source, chart = tmp_path / "r.json", tmp_path / "c" / "r.png"
+    extra = [{**row, "provider": name} for row in rows for name in ("auto", "compile")]
+    results.write(source, results.document([*rows, *extra], CPU))
+    code = (
+        "import sys; from pathlib import Path; from bench.results import read;"
+        "from bench.plot import plot; plot(read(Path(sys.argv[1])), Path(sys.argv[2]))"
+    )
+    subprocess.run([sys.executable, "-c", code, source, chart], cwd=ROOT, check=True)
+    assert chart.read_bytes()[:8] == PNG
+    assert chart.stat().st_size > 20_000
+
+
+def test_a_chart_of_nothing_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no block"):
+        plot({"rows": []}, tmp_path / "nothing.png")
+
+
+# --- commands --------------------------------------------------------------------------------
+
+
+def test_the_command_measures_and_draws(tmp_path):
+    def bench(*arguments):
+        return subprocess.run(
+            [sys.executable, "-m", "bench", *arguments],
+            cwd=ROOT, check=True, capture_output=True, text=True,
+        ).stdout  # fmt: skip
+
+    printed = bench("run", "--quick", "--cases", "T1", "--device", "cpu", "--out", str(tmp_path))
+    source, chart = (Path(line) for line in printed.splitlines()[-2:])
+    document = json.loads(source.read_text())
+    assert {(r["case"], r["height"]) for r in document["rows"]} == {("T1", 7), ("T1", 16)}
+    assert {"eager", "reference"} <= {row["provider"] for row in document["rows"]}
+    assert chart.read_bytes()[:8] == PNG
+    other = tmp_path / "again.png"
+    assert bench("plot", str(source), "--out", str(other)).strip() == str(other)
+    assert other.read_bytes()[:8] == PNG
+
+
+def test_the_demo_verifies_times_and_ends_with_its_chart(tmp_path, capsys):
+    assert demo.run(variant="t", device="cpu", out=tmp_path, quick=True) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any("random weights" in line for line in lines)
+    assert "everything verified" in lines
+    assert lines[-1] == str(tmp_path / "demo.png")
+    assert Path(lines[-1]).read_bytes()[:8] == PNG
+    document = results.read(tmp_path / "demo.json")
+    kinds = [row["kind"] for row in document["rows"]]
+    assert kinds == ["model"] + ["block"] * (len(kinds) - 1)
+    assert {row["height"] for row in document["rows"][1:]} == {8, 16, 32}
+
+
+def test_the_demo_fails_where_the_model_is_wrong(tmp_path, capsys, monkeypatch):
+    right = demo.seaformer.seaformer_segmenter
+
+    def wrong(variant):
+        model = right(variant)
+        for block in model.modules():
+            if isinstance(block, SeaAttention):
+                block.register_forward_hook(
+                    lambda module, _, out: out if type(module) is not SeaAttention else 1.001 * out
+                )
+        return model
+
+    monkeypatch.setattr(demo.seaformer, "seaformer_segmenter", wrong)
+    monkeypatch.setattr(demo, "SWEEP_SIDES", (8,))
+    assert demo.run(variant="t", device="cpu", out=tmp_path, quick=True) == 1
+    printed = capsys.readouterr().out
+    assert "ours is not timed, it is wrong" in printed
+    assert "VERIFICATION FAILED" in printed
