@@ -30,15 +30,21 @@ def missing() -> str | None:
 
 def extension() -> dict:
     """The arguments of ``setup`` for the library."""
+    import torch
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
     if os.environ.get("SEAATTN_CUDA_ARCHS"):
         sys.exit("SEAATTN_CUDA_ARCHS asks for CUDA code, and this version has no csrc/cuda")
+    flags = ["-O3", "-fno-math-errno", "-fvisibility=hidden", "-Wno-psabi"]
+    # at::parallel_for is a template over OpenMP, serial without the flag. It is not for the linker:
+    # the symbols must come from the runtime that torch has loaded, and not from a second one.
+    openmp = "parallel backend: OpenMP" in torch.__config__.parallel_info()
+    flags.append("-fopenmp" if openmp else "-fopenmp-simd")
     library = CppExtension(
         "seaattn_kernels._C",
         sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp")),
         depends=sorted(str(path) for path in Path("csrc/cpu").glob("*.h")),
-        extra_compile_args=["-O3", "-fopenmp-simd", "-fno-math-errno", "-fvisibility=hidden"],
+        extra_compile_args=flags,
         # Without the build being asked for, a compiler that fails leaves pure Python.
         optional=not forced,
     )

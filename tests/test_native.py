@@ -17,6 +17,16 @@ ROOT = Path(__file__).parents[1]
 def test_build_is_read_from_the_file(library):
     assert library.BUILD["torch"].split(".")[:2] == torch.__version__.split(".")[:2]
     assert {"compiler", "c++", "backends"} <= library.BUILD.keys()
+    assert library.BUILD["threads"] in ("openmp", "torch"), "at::parallel_for would be serial"
+
+
+def test_there_is_one_openmp_runtime(library):
+    """A second one would have a pool of its own, and the two would fight over the cores."""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("reads /proc")
+    maps = Path("/proc/self/maps").read_text()
+    runtimes = {line.split()[-1] for line in maps.splitlines() if "libgomp" in line}
+    assert len(runtimes) <= 1
 
 
 def test_another_minor_version_of_torch_is_refused():

@@ -16,10 +16,18 @@
 #define SEAATTN_TEXT(x) #x
 #define SEAATTN_EXPAND(x) SEAATTN_TEXT(x)
 
+#ifdef _OPENMP
+#define SEAATTN_THREADS "openmp"
+#elif AT_PARALLEL_OPENMP
+#define SEAATTN_THREADS "none"
+#else
+#define SEAATTN_THREADS "torch"
+#endif
+
 // Read by native.py from the file, before it is loaded.
 extern "C" __attribute__((used, visibility("default"))) const char seaattn_build[] =
     "seaattn_kernels build: torch=" TORCH_VERSION "; compiler=" __VERSION__
-    "; c++=" SEAATTN_EXPAND(__cplusplus) "; backends=cpu";
+    "; c++=" SEAATTN_EXPAND(__cplusplus) "; threads=" SEAATTN_THREADS "; backends=cpu";
 
 namespace seaattn {
 namespace {
@@ -27,11 +35,20 @@ namespace {
 // Elements that are worth a thread of their own.
 constexpr int64_t kGrain = 16384;
 
-#define SEAATTN_DISPATCH(dtype, name, ...)                                                  \
-  AT_DISPATCH_SWITCH(dtype, name,                                                           \
-                     AT_DISPATCH_CASE(at::kFloat, __VA_ARGS__)                              \
-                         AT_DISPATCH_CASE(at::kHalf, __VA_ARGS__)                           \
-                             AT_DISPATCH_CASE(at::kBFloat16, __VA_ARGS__))
+#define SEAATTN_DISPATCH(dtype, name, ...)                                       \
+  AT_DISPATCH_SWITCH(dtype, name,                                                \
+                     AT_DISPATCH_CASE(at::kFloat, __VA_ARGS__) AT_DISPATCH_CASE( \
+                         at::kHalf, __VA_ARGS__) AT_DISPATCH_CASE(at::kBFloat16, __VA_ARGS__))
+
+// What one thread sums into.
+struct Scratch {
+  explicit Scratch(int64_t columns) : run(columns), total(columns) {}
+  SqueezeScratch view() {
+    return {run.data(), total.data()};
+  }
+  std::vector<float> run;
+  std::vector<double> total;
+};
 
 bool is_channels_last(const at::Tensor& x) {
   return x.is_contiguous(at::MemoryFormat::ChannelsLast) && !x.is_contiguous();
@@ -57,23 +74,23 @@ std::tuple<at::Tensor, at::Tensor> axial_squeeze(const at::Tensor& input) {
       const int64_t blocks = (channels + kChannelBlock - 1) / kChannelBlock;
       const int64_t grain = std::max<int64_t>(1, kGrain / (height * width * kChannelBlock));
       at::parallel_for(0, batch * blocks, grain, [&](int64_t begin, int64_t end) {
-        std::vector<double> scratch(width * kChannelBlock);
+        Scratch scratch(width * std::min(kChannelBlock, channels));
         for (int64_t task = begin; task < end; ++task) {
           const int64_t b = task / blocks, c = task % blocks * kChannelBlock;
           squeeze_channels(from + b * height * width * channels + c, height, width,
                            std::min(kChannelBlock, channels - c), channels,
                            to_row + (b * channels + c) * height,
-                           to_column + (b * channels + c) * width, scratch.data());
+                           to_column + (b * channels + c) * width, scratch.view());
         }
       });
     } else {
       const int64_t grain = std::max<int64_t>(1, kGrain / (height * width));
       at::parallel_for(0, batch * channels, grain, [&](int64_t begin, int64_t end) {
-        std::vector<double> scratch(width);
+        Scratch scratch(width);
         for (int64_t plane = begin; plane < end; ++plane) {
           const int64_t b = plane / channels, c = plane % channels;
           squeeze_plane(from + b * x.stride(0) + c * x.stride(1), height, width, x.stride(2),
-                        to_row + plane * height, to_column + plane * width, scratch.data());
+                        to_row + plane * height, to_column + plane * width, scratch.view());
         }
       });
     }
@@ -83,37 +100,44 @@ std::tuple<at::Tensor, at::Tensor> axial_squeeze(const at::Tensor& input) {
 
 at::Tensor axial_squeeze_backward(const at::Tensor& grad_row, const at::Tensor& grad_column,
                                   bool channels_last) {
-  TORCH_CHECK(grad_row.dim() == 3 && grad_column.dim() == 3 &&
-                  grad_row.size(0) == grad_column.size(0) &&
-                  grad_row.size(1) == grad_column.size(1) &&
-                  grad_row.scalar_type() == grad_column.scalar_type(),
-              "axial_squeeze_backward: row and column must be (B, C, H) and (B, C, W) of one dtype, "
-              "got ", grad_row.sizes(), " ", grad_row.scalar_type(), " and ", grad_column.sizes(),
-              " ", grad_column.scalar_type());
-  const at::Tensor row = grad_row.contiguous(), column = grad_column.contiguous();
-  const int64_t batch = row.size(0), channels = row.size(1), height = row.size(2),
-                width = column.size(2);
-  at::Tensor grad = at::empty({batch, channels, height, width}, row.options(),
-                              channels_last ? at::MemoryFormat::ChannelsLast
-                                            : at::MemoryFormat::Contiguous);
+  TORCH_CHECK(
+      grad_row.dim() == 3 && grad_column.dim() == 3 && grad_row.size(0) == grad_column.size(0) &&
+          grad_row.size(1) == grad_column.size(1) &&
+          grad_row.scalar_type() == grad_column.scalar_type(),
+      "axial_squeeze_backward: row and column must be (B, C, H) and (B, C, W) of one dtype, "
+      "got ",
+      grad_row.sizes(), " ", grad_row.scalar_type(), " and ", grad_column.sizes(), " ",
+      grad_column.scalar_type());
+  const int64_t batch = grad_row.size(0), channels = grad_row.size(1), height = grad_row.size(2),
+                width = grad_column.size(2);
+  at::Tensor grad =
+      at::empty({batch, channels, height, width}, grad_row.options(),
+                channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous);
+  // Channels last: vectors of a pixel's channels beside those of the map.
+  const at::Tensor row = (channels_last ? grad_row.transpose(1, 2) : grad_row).contiguous();
+  const at::Tensor column =
+      (channels_last ? grad_column.transpose(1, 2) : grad_column).contiguous();
 
   SEAATTN_DISPATCH(row.scalar_type(), "axial_squeeze_backward", [&] {
     const scalar_t* of_row = row.const_data_ptr<scalar_t>();
     const scalar_t* of_column = column.const_data_ptr<scalar_t>();
     scalar_t* to = grad.mutable_data_ptr<scalar_t>();
     if (channels_last) {
-      at::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t b = begin; b < end; ++b) {
-          spread_channels(of_row + b * channels * height, of_column + b * channels * width, height,
-                          width, channels, to + b * channels * height * width);
+      const int64_t line = width * channels;
+      const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, line));
+      at::parallel_for(0, batch * height, grain, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          spread_line(of_row + i * channels, of_column + i / height * line, height, width, channels,
+                      to + i * line);
         }
       });
     } else {
-      const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, height * width));
+      const int64_t plane_size = height * width;
+      const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, plane_size));
       at::parallel_for(0, batch * channels, grain, [&](int64_t begin, int64_t end) {
         for (int64_t plane = begin; plane < end; ++plane) {
           spread_plane(of_row + plane * height, of_column + plane * width, height, width,
-                       to + plane * height * width);
+                       to + plane * plane_size);
         }
       });
     }

@@ -4,6 +4,7 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
+#include <cstring>
 
 // One body, compiled for several instruction sets and chosen when the library is loaded.
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
@@ -17,51 +18,132 @@
 namespace seaattn {
 namespace {
 
+// Terms that are summed in float32 before they join a float64 sum.
+constexpr int64_t kRunOfRows = 16;
+constexpr int64_t kRunOfElements = 2048;  // 128 a lane
+constexpr int64_t kRunOfPixels = 16;
+
+// A vector of the language, which the compiler cuts to the registers that there are.
+constexpr int64_t kLanes = 16;
+typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float))));
+
+template <typename T>
+SEAATTN_INLINE Lanes load(const T* from) {
+  Lanes lanes;
+  for (int64_t l = 0; l < kLanes; ++l) lanes[l] = static_cast<float>(from[l]);
+  return lanes;
+}
+
+template <>
+SEAATTN_INLINE Lanes load(const float* from) {
+  Lanes lanes;
+  std::memcpy(&lanes, from, sizeof(lanes));
+  return lanes;
+}
+
+template <typename T>
+SEAATTN_INLINE T rounded(double sum, double reciprocal) {
+  return static_cast<T>(static_cast<float>(sum * reciprocal));
+}
+
+// Adds `kRows` rows to `run`, so that it is read and written once for all of them, and their own
+// sums to `sums`.
+template <int kRows, typename T>
+SEAATTN_INLINE void add_rows(const T* x, int64_t row_stride, int64_t width, float* run,
+                             double* sums) {
+  for (int64_t begin = 0; begin < width; begin += kRunOfElements) {
+    const int64_t end = std::min(begin + kRunOfElements, width);
+    Lanes parts[kRows] = {};
+    int64_t j = begin;
+    for (; j + kLanes <= end; j += kLanes) {
+      Lanes of_columns = load(run + j);
+      for (int r = 0; r < kRows; ++r) {
+        const Lanes values = load(x + r * row_stride + j);
+        parts[r] += values;
+        of_columns += values;
+      }
+      std::memcpy(run + j, &of_columns, sizeof(of_columns));
+    }
+    for (int r = 0; r < kRows; ++r) {
+      float tail = 0.0f;
+      for (int64_t t = j; t < end; ++t) {
+        const float value = static_cast<float>(x[r * row_stride + t]);
+        tail += value;
+        run[t] += value;
+      }
+      for (int64_t half = kLanes / 2; half > 0; half /= 2) {
+        for (int64_t l = 0; l < half; ++l) parts[r][l] += parts[r][l + half];
+      }
+      sums[r] += static_cast<double>(parts[r][0]) + tail;
+    }
+  }
+}
+
 template <typename T>
 SEAATTN_INLINE void squeeze_plane_body(const T* x, int64_t height, int64_t width,
-                                       int64_t row_stride, T* row, T* column, double* total) {
+                                       int64_t row_stride, T* row, T* column,
+                                       SqueezeScratch scratch) {
+  constexpr int kRows = 4;
+  const double per_width = 1.0 / width, per_height = 1.0 / height;
+  float* run = scratch.run;
+  double* total = scratch.total;
   std::fill(total, total + width, 0.0);
-  for (int64_t i = 0; i < height; ++i) {
-    const T* line = x + i * row_stride;
-    double sum = 0.0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t j = 0; j < width; ++j) {
-      const double value = static_cast<float>(line[j]);
-      sum += value;
-      total[j] += value;
+  for (int64_t first = 0; first < height; first += kRunOfRows) {
+    std::fill(run, run + width, 0.0f);
+    const int64_t last = std::min(first + kRunOfRows, height);
+    int64_t i = first;
+    for (; i + kRows <= last; i += kRows) {
+      double sums[kRows] = {};
+      add_rows<kRows>(x + i * row_stride, row_stride, width, run, sums);
+      for (int r = 0; r < kRows; ++r) row[i + r] = rounded<T>(sums[r], per_width);
     }
-    row[i] = static_cast<T>(static_cast<float>(sum / width));
+    for (; i < last; ++i) {
+      double sum = 0.0;
+      add_rows<1>(x + i * row_stride, row_stride, width, run, &sum);
+      row[i] = rounded<T>(sum, per_width);
+    }
+    for (int64_t j = 0; j < width; ++j) total[j] += run[j];
   }
-  for (int64_t j = 0; j < width; ++j) {
-    column[j] = static_cast<T>(static_cast<float>(total[j] / height));
-  }
+  for (int64_t j = 0; j < width; ++j) column[j] = rounded<T>(total[j], per_height);
 }
 
 template <typename T>
 SEAATTN_INLINE void squeeze_channels_body(const T* x, int64_t height, int64_t width,
                                           int64_t channels, int64_t stride, T* row, T* column,
-                                          double* total) {
-  std::fill(total, total + width * channels, 0.0);
-  for (int64_t i = 0; i < height; ++i) {
-    double sum[kChannelBlock] = {};
-    for (int64_t j = 0; j < width; ++j) {
-      const T* pixel = x + (i * width + j) * stride;
-      double* line = total + j * channels;
+                                          SqueezeScratch scratch) {
+  const int64_t line_size = width * channels;
+  const double per_width = 1.0 / width, per_height = 1.0 / height;
+  float* run = scratch.run;
+  double* total = scratch.total;
+  std::fill(total, total + line_size, 0.0);
+  for (int64_t first = 0; first < height; first += kRunOfRows) {
+    std::fill(run, run + line_size, 0.0f);
+    const int64_t last = std::min(first + kRunOfRows, height);
+    for (int64_t i = first; i < last; ++i) {
+      double sum[kChannelBlock] = {};
+      for (int64_t begin = 0; begin < width; begin += kRunOfPixels) {
+        const int64_t end = std::min(begin + kRunOfPixels, width);
+        float part[kChannelBlock] = {};
+        for (int64_t j = begin; j < end; ++j) {
+          const T* pixel = x + (i * width + j) * stride;
+          float* of_column = run + j * channels;
 #pragma omp simd
-      for (int64_t c = 0; c < channels; ++c) {
-        const double value = static_cast<float>(pixel[c]);
-        sum[c] += value;
-        line[c] += value;
+          for (int64_t c = 0; c < channels; ++c) {
+            const float value = static_cast<float>(pixel[c]);
+            part[c] += value;
+            of_column[c] += value;
+          }
+        }
+        for (int64_t c = 0; c < channels; ++c) sum[c] += part[c];
       }
+      for (int64_t c = 0; c < channels; ++c) row[c * height + i] = rounded<T>(sum[c], per_width);
     }
-    for (int64_t c = 0; c < channels; ++c) {
-      row[c * height + i] = static_cast<T>(static_cast<float>(sum[c] / width));
-    }
+#pragma omp simd
+    for (int64_t k = 0; k < line_size; ++k) total[k] += run[k];
   }
   for (int64_t c = 0; c < channels; ++c) {
     for (int64_t j = 0; j < width; ++j) {
-      column[c * width + j] =
-          static_cast<T>(static_cast<float>(total[j * channels + c] / height));
+      column[c * width + j] = rounded<T>(total[j * channels + c], per_height);
     }
   }
 }
@@ -80,16 +162,15 @@ SEAATTN_INLINE void spread_plane_body(const T* row, const T* column, int64_t hei
 }
 
 template <typename T>
-SEAATTN_INLINE void spread_channels_body(const T* row, const T* column, int64_t height,
-                                         int64_t width, int64_t channels, T* grad) {
+SEAATTN_INLINE void spread_line_body(const T* row, const T* column, int64_t height, int64_t width,
+                                     int64_t channels, T* grad) {
   const float per_width = static_cast<float>(width), per_height = static_cast<float>(height);
-  for (int64_t i = 0; i < height; ++i) {
-    for (int64_t j = 0; j < width; ++j) {
-      T* pixel = grad + (i * width + j) * channels;
-      for (int64_t c = 0; c < channels; ++c) {
-        pixel[c] = static_cast<T>(static_cast<float>(row[c * height + i]) / per_width +
-                                  static_cast<float>(column[c * width + j]) / per_height);
-      }
+  for (int64_t j = 0; j < width; ++j) {
+#pragma omp simd
+    for (int64_t c = 0; c < channels; ++c) {
+      grad[j * channels + c] =
+          static_cast<T>(static_cast<float>(row[c]) / per_width +
+                         static_cast<float>(column[j * channels + c]) / per_height);
     }
   }
 }
@@ -97,27 +178,28 @@ SEAATTN_INLINE void spread_channels_body(const T* row, const T* column, int64_t 
 }  // namespace
 
 // Clones need functions that are no templates: one set for each dtype.
-#define SEAATTN_INSTANTIATE(T)                                                                    \
-  template <>                                                                                     \
-  SEAATTN_CLONES void squeeze_plane<T>(const T* x, int64_t height, int64_t width,                 \
-                                       int64_t row_stride, T* row, T* column, double* scratch) {  \
-    squeeze_plane_body(x, height, width, row_stride, row, column, scratch);                       \
-  }                                                                                               \
-  template <>                                                                                     \
-  SEAATTN_CLONES void squeeze_channels<T>(const T* x, int64_t height, int64_t width,              \
-                                          int64_t channels, int64_t stride, T* row, T* column,    \
-                                          double* scratch) {                                      \
-    squeeze_channels_body(x, height, width, channels, stride, row, column, scratch);              \
-  }                                                                                               \
-  template <>                                                                                     \
-  SEAATTN_CLONES void spread_plane<T>(const T* row, const T* column, int64_t height,              \
-                                      int64_t width, T* grad) {                                   \
-    spread_plane_body(row, column, height, width, grad);                                          \
-  }                                                                                               \
-  template <>                                                                                     \
-  SEAATTN_CLONES void spread_channels<T>(const T* row, const T* column, int64_t height,           \
-                                         int64_t width, int64_t channels, T* grad) {              \
-    spread_channels_body(row, column, height, width, channels, grad);                             \
+#define SEAATTN_INSTANTIATE(T)                                                                     \
+  template <>                                                                                      \
+  SEAATTN_CLONES void squeeze_plane<T>(const T* x, int64_t height, int64_t width,                  \
+                                       int64_t row_stride, T* row, T* column,                      \
+                                       SqueezeScratch scratch) {                                   \
+    squeeze_plane_body(x, height, width, row_stride, row, column, scratch);                        \
+  }                                                                                                \
+  template <>                                                                                      \
+  SEAATTN_CLONES void squeeze_channels<T>(const T* x, int64_t height, int64_t width,               \
+                                          int64_t channels, int64_t stride, T* row, T* column,     \
+                                          SqueezeScratch scratch) {                                \
+    squeeze_channels_body(x, height, width, channels, stride, row, column, scratch);               \
+  }                                                                                                \
+  template <>                                                                                      \
+  SEAATTN_CLONES void spread_plane<T>(const T* row, const T* column, int64_t height,               \
+                                      int64_t width, T* grad) {                                    \
+    spread_plane_body(row, column, height, width, grad);                                           \
+  }                                                                                                \
+  template <>                                                                                      \
+  SEAATTN_CLONES void spread_line<T>(const T* row, const T* column, int64_t height, int64_t width, \
+                                     int64_t channels, T* grad) {                                  \
+    spread_line_body(row, column, height, width, channels, grad);                                  \
   }
 
 SEAATTN_INSTANTIATE(float)

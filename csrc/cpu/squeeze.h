@@ -1,38 +1,45 @@
-// Row and column means of a map in one read, and the adjoint. Raw pointers only: no torch here.
+// Row and column means of a map in one read, and the adjoint. Raw pointers only: no tensors here.
 //
 //   row[c, i] = mean_j x[c, i, j]        column[c, j] = mean_i x[c, i, j]
 //
-// Sums are float64 whatever T is, so the order of the terms hardly matters and the result does not
-// depend on the number of threads: a caller splits the work by planes (NCHW) or by blocks of
-// channels (NHWC), never within one.
+// Short runs of terms are summed in float32, the runs in float64, so a mean of a million terms is
+// as exact as one of sixteen. Callers split the work by planes (NCHW) or by blocks of channels
+// (NHWC), never within one: the bits of a result do not depend on the number of threads.
 #pragma once
 
 #include <cstdint>
 
 namespace seaattn {
 
-// Channels that one task of the NHWC loops owns.
+// Channels that one task of squeeze_channels owns.
 constexpr int64_t kChannelBlock = 32;
 
-// One plane of `height` rows, `row_stride` elements apart, each of `width` adjacent elements.
-// `scratch` holds `width` doubles.
+// float32 sums of a run, and float64 sums of the runs, one for each column.
+struct SqueezeScratch {
+  float* run;
+  double* total;
+};
+
+// One plane: `height` rows of `width` adjacent elements, `row_stride` elements apart. `scratch`
+// holds `width` numbers of each kind.
 template <typename T>
 void squeeze_plane(const T* x, int64_t height, int64_t width, int64_t row_stride, T* row, T* column,
-                   double* scratch);
+                   SqueezeScratch scratch);
 
-// `channels` <= kChannelBlock adjacent channels of an NHWC image with `stride` channels in all.
-// row is (channels, height), column (channels, width). `scratch` holds width * kChannelBlock doubles.
+// `channels` <= kChannelBlock adjacent channels of an NHWC image that has `stride` of them.
+// row is (channels, height), column (channels, width). `scratch` holds width * channels numbers of
+// each kind.
 template <typename T>
 void squeeze_channels(const T* x, int64_t height, int64_t width, int64_t channels, int64_t stride,
-                      T* row, T* column, double* scratch);
+                      T* row, T* column, SqueezeScratch scratch);
 
-// The adjoint, one write: grad[i, j] = row[i] / width + column[j] / height, in float32.
+// The adjoint of one plane, one write: grad[i, j] = row[i] / width + column[j] / height.
 template <typename T>
 void spread_plane(const T* row, const T* column, int64_t height, int64_t width, T* grad);
 
-// The same for an NHWC image of all its channels: row (channels, height), column (channels, width).
+// The adjoint of one row of an NHWC image: grad[j, c] = row[c] / width + column[j, c] / height.
 template <typename T>
-void spread_channels(const T* row, const T* column, int64_t height, int64_t width, int64_t channels,
-                     T* grad);
+void spread_line(const T* row, const T* column, int64_t height, int64_t width, int64_t channels,
+                 T* grad);
 
 }  // namespace seaattn
