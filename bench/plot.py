@@ -116,9 +116,10 @@ def _name(row: Mapping) -> str:
 def _title(results: Mapping, rows: Sequence[Mapping]) -> str:
     machine, versions, first = results["machine"], results["versions"], rows[0]
     where = machine["gpu"] or f"{machine['cpu']}, {machine['torch_threads']} threads"
-    names = ", ".join(dict.fromkeys(row["case"] for row in rows))
+    names = list(dict.fromkeys(row["case"] for row in rows))
+    blocks = ", ".join(names) if len(names) <= 4 else f"{len(names)} of SeaFormer and YOLOv8"
     return (
-        f"Sea attention block ({names}), inference, {first['dtype']}, batch {first['batch']}\n"
+        f"Sea attention block ({blocks}), inference, {first['dtype']}, batch {first['batch']}\n"
         f"{where}, torch {versions['torch']}, "
         f"seaattn_kernels {versions['seaattn_kernels']}, {results['date'][:10]}"
     )

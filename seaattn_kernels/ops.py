@@ -533,6 +533,8 @@ def sea_attention(x: Tensor, folded, backend: str = "auto") -> Tensor:
         TypeError, ValueError: for a wrong dtype, rank or number of channels, or another device.
         RuntimeError: where x needs a gradient, or an explicit backend cannot run, with the reason.
     """
+    if not hasattr(folded, "module_dtype"):
+        raise TypeError(f"folded must be a fold.FoldedWeights, got {_describe(folded)}")
     check_input(x, folded.convolutions[0], folded.module_dtype)
     if x.requires_grad and torch.is_grad_enabled():
         raise RuntimeError("sea_attention has no backward: call the module, or use torch.no_grad()")

@@ -418,3 +418,24 @@ def test_the_demo_fails_where_the_model_is_wrong(tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert "ours is not timed, it is wrong" in printed
     assert "VERIFICATION FAILED" in printed
+
+
+def test_the_demo_takes_a_checkpoint_and_a_photograph(tmp_path, capsys):
+    from PIL import Image
+
+    from seaattn_kernels import seaformer, verify
+
+    Image.new("RGB", (90, 60), (200, 30, 90)).save(tmp_path / "picture.png")
+    model = verify.randomise(seaformer.seaformer_segmenter("t"))
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "weights.pth")
+    x = demo.photograph(tmp_path / "picture.png")
+    assert x.shape == (1, 3, 512, 512)
+    colour = (torch.tensor([200, 30, 90]) / 255 - torch.tensor(demo.MEAN)) / torch.tensor(demo.STD)
+    torch.testing.assert_close(x[0, :, 100, 100], colour)
+    arguments = (tmp_path / "weights.pth", tmp_path / "picture.png", "t", CPU, "float32", 0.1)
+    ok, (row,) = demo._model(*arguments)
+    assert ok
+    assert row["ms"] > 0
+    text = capsys.readouterr().out
+    assert "weights of weights.pth (0 keys missing, 0 unexpected), picture.png at 512x512" in text
+    assert "random" not in text

@@ -170,6 +170,17 @@ def test_cpu_squeeze_of_large_maps_and_large_means(library):
             assert verdict.ok, verdict
 
 
+def test_cpu_squeeze_of_more_than_two_to_the_31_elements(library):
+    """Rows that share one memory: 2.2e9 elements are read, and few are stored."""
+    line = torch.randn(2000)
+    x = line.expand(1, 1, 1_100_000, 2000)
+    assert x.numel() > 2**31
+    row, column = ops.axial_squeeze(x, "cpu")
+    torch.testing.assert_close(column[0, 0], line)
+    torch.testing.assert_close(row[0, 0, [0, -1]], line.mean().expand(2))
+    torch.testing.assert_close(row.amin(), row.amax())
+
+
 def _view(x, kind):
     """The values of x in another memory layout, in the middle of a buffer full of NaN."""
     b, c, h, w = x.shape
@@ -454,6 +465,8 @@ def test_bad_input_of_the_block():
     ):
         with pytest.raises(error, match=message):
             ops.sea_attention(bad, folded)
+    with pytest.raises(TypeError, match=r"folded must be a fold.FoldedWeights, got SeaAttention"):
+        ops.sea_attention(x, block)
 
 
 # --- choice of a backend ---------------------------------------------------------------------
