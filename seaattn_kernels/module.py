@@ -130,8 +130,7 @@ class SeaAttention(nn.Module):
 
     def _differentiates(self, x: Tensor) -> bool:
         if any(parameter.requires_grad for parameter in self.parameters()):
-            if not torch.compiler.is_compiling():
-                self._folds.suspend()
+            self._folds.suspend()
             return True
         return isinstance(x, Tensor) and x.requires_grad
 

@@ -238,7 +238,7 @@ def choose(operator: str, backend: str, device: torch.device, dtype: torch.dtype
         return preferred
     if dtype is not torch.float64 and not torch.compiler.is_compiling() and reason not in _warned:
         _warned.add(reason)
-        warnings.warn(f"seaattn_kernels uses plain PyTorch: {reason}", stacklevel=3)
+        warnings.warn(f"seaattn_kernels uses plain PyTorch: {reason}", stacklevel=4)
     return "reference"
 
 
@@ -313,7 +313,8 @@ def _unify(names: str, tensors: Sequence[Tensor], cast: bool) -> Sequence[Tensor
             for x in tensors:
                 target = torch.promote_types(target, x.dtype)
             return [x.to(target) for x in tensors]
-        return [x if x.dtype is torch.float64 else x.to(target) for x in tensors]
+        if not any(x.dtype is torch.float64 for x in tensors):
+            return [x.to(target) for x in tensors]
     for name, x in zip(names.split(), tensors, strict=True):
         if x.dtype is not first.dtype:
             raise TypeError(f"{name} is {x.dtype}, {names.split()[0]} is {first.dtype}")

@@ -302,6 +302,20 @@ def test_gradients_then_eval_then_step_is_noticed():
         assert_current(block, X)
 
 
+def test_a_compiled_step_is_noticed():
+    """A fused step after a compiled forward with gradients, with no eval() in between."""
+    torch._dynamo.reset()
+    block = make()
+    optimizer = torch.optim.AdamW(block.parameters(), lr=0.1, fused=True)
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        ours(block, X)
+        compiled(X).square().sum().backward()
+        ours(block, X)
+        optimizer.step()
+        assert_current(block, X)
+
+
 def test_functional_call_is_noticed():
     block = make()
     before = ours(block, X)

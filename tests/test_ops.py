@@ -382,6 +382,8 @@ def test_autocast_casts_attention_and_block_and_promotes_the_others(dtype):
         assert mixed.dtype is torch.float32
         double = [t.double() for t in by_name["axial_attention"].inputs(0, "cpu", dtype)]
         assert by_name["axial_attention"].run(double, "auto")[0].dtype is torch.float64
+        with pytest.raises(TypeError, match=r"k is torch.float32, q is torch.float64"):
+            ops.axial_attention(double[0], *(t.float() for t in double[1:]), 3, 1.0)
 
 
 def test_autocast_reaches_nothing_inside_the_block():
