@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 
 def test_build_is_read_from_the_file(library):
     assert library.BUILD["torch"].split(".")[:2] == torch.__version__.split(".")[:2]
-    assert {"compiler", "c++", "backends"} <= library.BUILD.keys()
+    assert {"compiler", "c++", "simd", "backends"} <= library.BUILD.keys()
     assert library.BUILD["threads"] in ("openmp", "torch"), "at::parallel_for would be serial"
 
 

@@ -11,6 +11,7 @@
 #include <tuple>
 #include <vector>
 
+#include "simd.h"
 #include "squeeze.h"
 
 #define SEAATTN_TEXT(x) #x
@@ -27,7 +28,8 @@
 // Read by native.py from the file, before it is loaded.
 extern "C" __attribute__((used, visibility("default"))) const char seaattn_build[] =
     "seaattn_kernels build: torch=" TORCH_VERSION "; compiler=" __VERSION__
-    "; c++=" SEAATTN_EXPAND(__cplusplus) "; threads=" SEAATTN_THREADS "; backends=cpu";
+    "; c++=" SEAATTN_EXPAND(__cplusplus) "; simd=" SEAATTN_SIMD "; threads=" SEAATTN_THREADS
+                                         "; backends=cpu";
 
 namespace seaattn {
 namespace {

@@ -6,14 +6,7 @@
 #include <algorithm>
 #include <cstring>
 
-// One body, compiled for several instruction sets and chosen when the library is loaded.
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
-#define SEAATTN_CLONES __attribute__((target_clones("default", "avx2", "arch=x86-64-v4")))
-#define SEAATTN_INLINE inline __attribute__((always_inline))
-#else
-#define SEAATTN_CLONES
-#define SEAATTN_INLINE inline
-#endif
+#include "simd.h"
 
 namespace seaattn {
 namespace {
