@@ -1,5 +1,5 @@
 # make demo and make test do all set-up themselves: Python 3.10 to 3.12, a C++ compiler and pip.
-# make demo PYTHON=python3 VENV=none   uses the packages that are there and needs no network.
+# make demo PYTHON=python3 VENV=none uses the packages that are there and needs no network.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,7 +10,9 @@ CXX_SOURCES := $(wildcard csrc/*/*.cpp csrc/*/*.h)
 
 ifeq ($(VENV),none)
 PY := $(PYTHON)
-READY := build/.library
+# One stamp for each Python and torch that the library is built for.
+TAG := $(shell $(PYTHON) -c "import sys, torch; print(sys.implementation.cache_tag, torch.__version__, sep='-')")
+READY := build/library-$(TAG)
 else
 PY := $(VENV)/bin/python
 READY := $(VENV)/.library
@@ -33,7 +35,7 @@ bench: setup
 lint: setup
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m clang_format --dry-run -Werror $(CXX_SOURCES)
+	$(PY) -c 'import clang_format as c; c.clang_format()' --dry-run -Werror $(CXX_SOURCES)
 
 clean:
 	rm -rf build .venv seaattn_kernels.egg-info seaattn_kernels/_C.*.so
@@ -48,6 +50,6 @@ $(VENV)/.library: $(VENV)/.torch $(LIBRARY_SOURCES)
 	$(PIP) --constraint constraints.txt --no-build-isolation --editable '.[test,bench,lint]'
 	touch $@
 
-build/.library: $(LIBRARY_SOURCES)
-	$(PY) setup.py --quiet build_ext --inplace
+build/library-$(TAG): $(LIBRARY_SOURCES)
+	$(PY) setup.py --quiet build_ext --inplace --force
 	mkdir -p build && touch $@

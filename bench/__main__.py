@@ -1,4 +1,4 @@
-"""``python -m bench run`` measures blocks and writes a result file; ``plot`` draws one."""
+"""Measure attention blocks and write a result file, or draw one."""
 
 import argparse
 import sys
@@ -9,7 +9,15 @@ from tqdm import tqdm
 
 from bench import results
 from bench.cases import CASES
-from bench.measure import DTYPES, PROVIDERS, available, measure
+from bench.measure import (
+    DTYPES,
+    PROVIDERS,
+    available,
+    busy,
+    device_argument,
+    measure,
+    positive_argument,
+)
 from bench.plot import plot
 from seaattn_kernels.verify import SEEDS
 
@@ -29,12 +37,18 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="check, then time; write JSON and a chart")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    run.add_argument("--device", type=torch.device, default=device)
-    run.add_argument("--dtype", choices=DTYPES, default="float32")
-    run.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE")
-    run.add_argument("--batch", type=int, default=1)
-    run.add_argument("--threads", type=int, help="torch.set_num_threads")
-    run.add_argument("--providers", nargs="+", choices=PROVIDERS, metavar="PROVIDER")
+    run.add_argument("--device", type=device_argument, default=device, help="default: %(default)s")
+    run.add_argument("--dtype", choices=DTYPES, default="float32", help="default: %(default)s")
+    run.add_argument(
+        "--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE",
+        help=f"default: all of {', '.join(CASES)}",
+    )  # fmt: skip
+    run.add_argument("--batch", type=positive_argument, default=1, help="default: %(default)s")
+    run.add_argument("--threads", type=positive_argument, help="torch.set_num_threads")
+    run.add_argument(
+        "--providers", nargs="+", choices=PROVIDERS, metavar="PROVIDER",
+        help=f"default: all of {', '.join(PROVIDERS)}; compile not with --quick",
+    )  # fmt: skip
     run.add_argument("--quick", action="store_true", help="two maps a case, less time on each")
     run.add_argument("--out", type=Path, help="folder (bench/results/<machine>; quick: out/bench)")
     draw = commands.add_parser("plot", help="draw the chart of a result file")
@@ -71,7 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
     rows: list[dict] = []
     status = 0
     try:
-        for case, size in tqdm(jobs, desc="blocks", unit="map", dynamic_ncols=True):
+        for case, size in tqdm(jobs, desc="blocks", unit="map", dynamic_ncols=True, disable=None):
             found = measure(
                 case, size, providers, device, dtype, arguments.batch,
                 seconds=0.3 if arguments.quick else 2.0,
@@ -88,9 +102,8 @@ def run(arguments: argparse.Namespace) -> int:
     if not rows:
         return status or 1
     print(LEGEND)
-    wide = sum(row["ms_high"] > 1.5 * row["ms_low"] for row in rows)
-    if 2 * wide > len(rows):
-        print(f"{wide} of {len(rows)} intervals are wide: is the machine busy with other work?")
+    if line := busy(rows):
+        print(line)
     if device.type == "cpu" and any(row["of_limit"] < 1 for row in rows):
         print(BEATEN)
     first = rows[0]
@@ -114,7 +127,10 @@ def main() -> int:
     if arguments.command == "run":
         return run(arguments)
     chart = arguments.out or arguments.results.with_suffix(".png")
-    print(plot(results.read(arguments.results), chart))
+    try:
+        print(plot(results.read(arguments.results), chart))
+    except (OSError, ValueError) as error:
+        sys.exit(f"{arguments.results.name} cannot be drawn: {error}")
     return 0
 
 

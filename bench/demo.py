@@ -1,6 +1,8 @@
 """The demonstration: a real model on a photograph, then its attention block across resolutions."""
 
 import argparse
+import pickle
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from matplotlib.cbook import get_sample_data
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from bench import results
 from bench.cases import CASES, SWEEP_SIDES
 from bench.eager import as_eager
-from bench.measure import DTYPES, auto_backend, measure
+from bench.measure import DTYPES, auto_backend, busy, device_argument, measure
 from bench.plot import plot
 from bench.timing import Measured, check_then_time
 from seaattn_kernels import seaformer
@@ -24,15 +26,23 @@ SIDE = 512
 # Of ImageNet, as the official models were trained.
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
+LIMITS = {
+    "cpu": "its matrix products alone, by torch.mm",
+    "cuda": "its FLOP or bytes at the measured rates, and one launch",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of :func:`run`, by the names of its arguments."""
     parser.add_argument("--checkpoint", type=Path, help="official weights (default: random)")
     parser.add_argument("--image", type=Path, help="a photograph (default: matplotlib's sample)")
-    parser.add_argument("--variant", choices=seaformer.CONFIGS, default="b")
-    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument(
+        "--variant", choices=seaformer.CONFIGS, default="b", help="of SeaFormer (default: b)"
+    )
+    parser.add_argument(
+        "--device", type=device_argument, help="default: cuda where there is one, else cpu"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: float32")
     parser.add_argument("--out", type=Path, help="folder of the results (default: out/demo)")
     parser.add_argument("--quick", action="store_true", help="three maps, less time on each")
 
@@ -51,19 +61,30 @@ def run(
     folder = Path(out or "out/demo")
     seconds = 1.0 if quick else 3.0
     backend = auto_backend(device, DTYPES[dtype])
-    print(f"seaattn_kernels on {device}, {dtype}: the block runs on the backend {backend!r}")
+    print(f"ours is seaattn_kernels on {device} in {dtype}, the block by its backend {backend!r}")
 
-    ok, model_row = _model(checkpoint, image, variant, device, dtype, seconds)
+    try:
+        model, weights = _load(variant, checkpoint)
+        picture = photograph(image)
+    except (OSError, ValueError, pickle.UnpicklingError) as error:
+        print(f"cannot be loaded: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 1
+    name = "matplotlib's sample photograph" if image is None else Path(image).name
+    title = f"SeaFormer-{variant.upper()} segmenter"
+    print(f"{title}, {weights}, {name} at {SIDE}x{SIDE}")
+    ok, model_row = _model(model, picture, title, device, dtype, seconds)
 
     case = CASES[f"{variant.upper()}1"]
     print(f"\nThe attention block {case.name} (C={case.channels}, D={case.key_dim}, "
-          f"{case.heads} heads) across resolutions:\n"
+          f"{case.heads} heads) across resolutions; limit: {LIMITS[device.type]}\n"
           f"{'map':>9}{'eager ms':>12}{'ours ms':>12}{'speed-up':>10}{'limit ms':>12}")  # fmt: skip
     ours = "reference" if backend == "reference" else "auto"
     rows: list[dict] = []
     beaten = False
     sides = SWEEP_SIDES[:3] if quick else SWEEP_SIDES
-    for side in tqdm(sides, desc="block", unit="map", leave=False, dynamic_ncols=True):
+    for side in tqdm(
+        sides, desc="block", unit="map", leave=False, dynamic_ncols=True, disable=None
+    ):
         found = {
             row["provider"]: row
             for row in measure(
@@ -81,11 +102,10 @@ def run(
             f"{f'{side}x{side}':>9}{found['eager']['ms']:>12.3f}{row['ms']:>12.3f}"
             f"{row['speedup']:>9.2f}x{row['ms_limit']:>12.3f}"
         )
-    if device.type == "cuda":
-        print("limit: FLOP or bytes at the measured rates, whichever takes longer, and one launch")
-    else:
-        print("limit: the block's matrix products alone, by torch.mm"
-              + (" (another library can beat it)" if beaten else ""))  # fmt: skip
+    if beaten and device.type == "cpu":
+        print("the limit is beaten: another library than torch.mm's has faster products here")
+    if line := busy([*model_row, *rows]):
+        print(line)
 
     document = results.document([*model_row, *rows], device)
     results.write(folder / "demo.json", document)
@@ -104,37 +124,32 @@ def photograph(path: Path | str | None) -> Tensor:
     )
 
 
-def _model(
-    checkpoint: Path | str | None,
-    image: Path | str | None,
-    variant: str,
-    device: torch.device,
-    dtype: str,
-    seconds: float,
-) -> tuple[bool, list[dict]]:
-    """The segmenter on the photograph: prints, and returns whether it is right, and its row."""
+def _load(variant: str, checkpoint: Path | str | None) -> tuple[nn.Module, str]:
+    """The segmenter, and what its weights are."""
     model = seaformer.seaformer_segmenter(variant)
     if checkpoint is None:
-        randomise(model)
-        weights = "random weights"
-    else:
-        report = seaformer.load_checkpoint(model, checkpoint)
-        weights = (
-            f"weights of {Path(checkpoint).name} "
-            f"({len(report.missing)} keys missing, {len(report.unexpected)} unexpected)"
-        )
+        return randomise(model), "random weights"
+    missing, unexpected = seaformer.load_checkpoint(model, checkpoint)
+    return model, (
+        f"weights of {Path(checkpoint).name} "
+        f"({len(missing)} keys missing, {len(unexpected)} unexpected)"
+    )
+
+
+def _model(
+    model: nn.Module, x: Tensor, title: str, device: torch.device, dtype: str, seconds: float
+) -> tuple[bool, list[dict]]:
+    """The segmenter on the photograph: prints, and returns whether it is right, and its row."""
     model = model.to(device, DTYPES[dtype]).eval()
+    x = x.to(device, DTYPES[dtype])
     eager, exact = as_eager(model), as_eager(model).double()
-    x = photograph(image).to(device, DTYPES[dtype])
-    name = "matplotlib's sample photograph" if image is None else Path(image).name
-    print(f"SeaFormer-{variant.upper()} with Light Head, {weights}, {name} at {SIDE}x{SIDE}")
 
     with torch.inference_mode():
         # A deep network magnifies rounding at a few pixels by far: ten samples make a steady error.
         views = [x.roll(seed * SIDE // len(SEEDS), dims=3) for seed in SEEDS]
         measured = check_then_time({"eager": eager, "ours": model}, views, exact, seconds)
         same = (model(x).argmax(1) == eager(x).argmax(1)).double().mean().item()
-    return _report(measured, same, f"SeaFormer-{variant.upper()} segmenter", device, dtype)
+    return _report(measured, same, title, device, dtype)
 
 
 def _report(

@@ -1,5 +1,6 @@
 """One block at one map: build the providers, check them, time them, give rows."""
 
+import argparse
 import copy
 from collections.abc import Callable, Sequence
 
@@ -16,7 +17,35 @@ from seaattn_kernels.verify import SEEDS, randomise
 #: eager: upstream's forward. reference: folded PyTorch. auto: the best backend of the device.
 #: compile: eager under torch.compile, compiled anew for each shape.
 PROVIDERS = ("eager", "reference", "auto", "compile")
+#: Above this ratio of its ends an interval says more about the machine than about the code.
+WIDE = 1.5
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def device_argument(text: str) -> torch.device:
+    """A device that is there, for argparse."""
+    try:
+        device = torch.device(text)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(str(error).splitlines()[0]) from None
+    return device
+
+
+def positive_argument(text: str) -> int:
+    """A whole number above 0, for argparse."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def busy(rows: Sequence[dict]) -> str | None:
+    """A line for the reader where most intervals are wide."""
+    wide = sum(row["ms_high"] > WIDE * row["ms_low"] for row in rows)
+    if 2 * wide <= len(rows):
+        return None
+    return f"{wide} of {len(rows)} intervals are wide: is the machine busy with other work?"
 
 
 def auto_backend(device: torch.device, dtype: torch.dtype) -> str:

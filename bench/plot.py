@@ -20,7 +20,7 @@ _STYLES = {
 }
 _LABELS = {
     "eager": "eager PyTorch",
-    "reference": "folded PyTorch",
+    "reference": "reference (folded PyTorch)",
     "auto": "seaattn_kernels",
     "compile": "torch.compile",
     "limit": "limit",

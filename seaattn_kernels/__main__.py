@@ -1,4 +1,4 @@
-"""``python -m seaattn_kernels info | verify | demo``"""
+"""What runs here, whether it is right, and a demonstration."""
 
 import argparse
 import json
@@ -69,7 +69,11 @@ def info(as_json: bool) -> int:
         print(section)
         for name, value in report[section].items():
             print(f"  {name:<16} {value or 'not installed'}")
-    meaning = report["auto"] if report["auto"] != "auto" else "the best for the device"
+    meaning = f"SEAATTN_BACKEND={report['auto']}"
+    if report["auto"] == "auto":
+        meaning = "the best for the device"
+    elif report["auto"] not in ops.BACKENDS:
+        meaning = f"SEAATTN_BACKEND={report['auto']!r} is none of {', '.join(ops.BACKENDS)}"
     print(f"backends (auto: {meaning})")
     for name, state in report["backends"].items():
         able = ", ".join(state["operators"])
@@ -80,7 +84,10 @@ def info(as_json: bool) -> int:
 def verify(golden: Path | None) -> int:
     from seaattn_kernels import verify as judge
 
-    return 0 if judge.run(golden) else 1
+    try:
+        return 0 if judge.run(golden) else 1
+    except FileNotFoundError as error:
+        sys.exit(str(error))
 
 
 def _demo():

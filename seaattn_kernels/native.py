@@ -36,7 +36,10 @@ def _load() -> tuple[dict[str, str], str | None]:
     folder = Path(__file__).parent
     path = next((p for s in EXTENSION_SUFFIXES if (p := folder / f"_C{s}").exists()), None)
     if path is None:
-        return {}, "the compiled library is not built (pip install with a C++ compiler builds it)"
+        return {}, (
+            f"the compiled library is not built in {folder}"
+            " (installing with a C++ compiler and torch present builds it)"
+        )
     build = read_build(path)
     reason = mismatch(build, torch.__version__)
     if reason is None:

@@ -14,13 +14,14 @@ Under autocast the attentions and the block cast to its dtype, the other operato
 """
 
 import os
+import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import cache
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from seaattn_kernels import native, reference
 from seaattn_kernels.reference import ACTIVATIONS
@@ -147,18 +148,15 @@ _OVERLOADS = _define_overloads()
 # --- FLOP formulas: two for a multiply-add of a matrix product, the rest is free, as in torch ---
 
 
-@register_flop_formula(torch.ops.seaattn_kernels.axial_squeeze)
-def _flops_axial_squeeze(x, *args, out_shape=None, **kwargs) -> int:
+def _flops_free(*args, **kwargs) -> int:
     return 0
 
 
-@register_flop_formula(torch.ops.seaattn_kernels.axial_attention)
-def _flops_axial_attention(q, k, v, heads, *args, out_shape=None, **kwargs) -> int:
+def _flops_axial_attention(q, k, v, heads, *args, **kwargs) -> int:
     b, keys, n = q
     return 2 * b * n * n * (keys + v[1])
 
 
-@register_flop_formula(torch.ops.seaattn_kernels.axial_attention_pair)
 def _flops_axial_attention_pair(
     row, column, rq, rk, cq, ck, heads, key_dim, *args, **kwargs
 ) -> int:
@@ -167,18 +165,7 @@ def _flops_axial_attention_pair(
     return 2 * b * width * (h * h + column[2] ** 2)
 
 
-@register_flop_formula(torch.ops.seaattn_kernels.broadcast_add)
-def _flops_broadcast_add(*args, **kwargs) -> int:
-    return 0
-
-
-@register_flop_formula(torch.ops.seaattn_kernels.gate)
-def _flops_gate(*args, **kwargs) -> int:
-    return 0
-
-
-@register_flop_formula(torch.ops.seaattn_kernels.sea_attention)
-def _flops_sea_attention(x, weights, heads, key_dim, *args, out_shape=None, **kwargs) -> int:
+def _flops_sea_attention(x, weights, heads, key_dim, *args, **kwargs) -> int:
     b, c, h, w = x
     projected, values = weights[0][0], weights[6][0]
     pixel = c * projected + 9 * projected + projected * c + values * c
@@ -187,6 +174,30 @@ def _flops_sea_attention(x, weights, heads, key_dim, *args, out_shape=None, **kw
         axis += c * projected
     attention = (heads * key_dim + values) * (h * h + w * w)
     return 2 * b * (h * w * pixel + (h + w) * axis + attention)
+
+
+_FLOPS = {
+    "axial_squeeze": _flops_free,
+    "axial_squeeze_backward": _flops_free,
+    "axial_attention": _flops_axial_attention,
+    "axial_attention_pair": _flops_axial_attention_pair,
+    "broadcast_add": _flops_free,
+    "gate": _flops_free,
+    "sea_attention": _flops_sea_attention,
+}
+
+
+@cache
+def _register_flop_formulas() -> None:
+    """Give the formulas to ``torch.utils.flop_counter``.
+
+    That module imports triton, so it is not imported here: who counts has imported it, and the
+    first call of an operator after that registers.
+    """
+    from torch.utils.flop_counter import register_flop_formula
+
+    for name, formula in _FLOPS.items():
+        register_flop_formula(getattr(torch.ops.seaattn_kernels, name))(formula)
 
 
 # --- choice of a backend ---------------------------------------------------------------------
@@ -243,6 +254,8 @@ def choose(operator: str, backend: str, device: torch.device, dtype: torch.dtype
 
 
 def _overload(operator: str, backend: str, x: Tensor) -> torch._ops.OpOverload:
+    if not torch.compiler.is_compiling() and "torch.utils.flop_counter" in sys.modules:
+        _register_flop_formulas()
     return _OVERLOADS[operator][choose(operator, backend, x.device, x.dtype)]
 
 

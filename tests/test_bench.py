@@ -420,7 +420,7 @@ def test_the_demo_fails_where_the_model_is_wrong(tmp_path, capsys, monkeypatch):
     assert "VERIFICATION FAILED" in printed
 
 
-def test_the_demo_takes_a_checkpoint_and_a_photograph(tmp_path, capsys):
+def test_the_demo_takes_a_checkpoint_and_a_photograph(tmp_path, capsys, monkeypatch):
     from PIL import Image
 
     from seaattn_kernels import seaformer, verify
@@ -432,10 +432,36 @@ def test_the_demo_takes_a_checkpoint_and_a_photograph(tmp_path, capsys):
     assert x.shape == (1, 3, 512, 512)
     colour = (torch.tensor([200, 30, 90]) / 255 - torch.tensor(demo.MEAN)) / torch.tensor(demo.STD)
     torch.testing.assert_close(x[0, :, 100, 100], colour)
-    arguments = (tmp_path / "weights.pth", tmp_path / "picture.png", "t", CPU, "float32", 0.1)
-    ok, (row,) = demo._model(*arguments)
-    assert ok
-    assert row["ms"] > 0
+    monkeypatch.setattr(demo, "SWEEP_SIDES", (8,))
+    arguments = (tmp_path / "weights.pth", tmp_path / "picture.png", "t", CPU, "float32")
+    assert demo.run(*arguments, out=tmp_path, quick=True) == 0
     text = capsys.readouterr().out
     assert "weights of weights.pth (0 keys missing, 0 unexpected), picture.png at 512x512" in text
     assert "random" not in text
+
+
+@pytest.mark.parametrize("argument", ["checkpoint", "image"])
+def test_the_demo_says_in_a_line_what_it_cannot_load(argument, tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("no weights, no picture")
+    for name in ("notes.txt", "missing.txt"):
+        assert demo.run(**{argument: tmp_path / name}, out=tmp_path) == 1
+        assert capsys.readouterr().err.startswith("cannot be loaded: ")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["run", "--device", "bogus"],
+        ["run", "--batch", "0"],
+        ["run", "--threads", "0"],
+        ["plot", "nowhere.json"],
+        ["plot", "README.md"],
+    ],
+)
+def test_wrong_arguments_are_a_line(arguments, monkeypatch, capsys):
+    from bench import __main__ as command
+
+    monkeypatch.setattr(sys, "argv", ["bench", *arguments])
+    with pytest.raises(SystemExit) as raised:
+        command.main()
+    assert raised.value.code != 0

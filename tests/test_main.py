@@ -59,9 +59,18 @@ def test_verify_fails_on_a_wrong_result(quick, capsys, tmp_path, monkeypatch):
     assert "1 failed" in text
 
 
-def test_verify_without_golden_files_says_so(quick, capsys, tmp_path):
-    assert command.main(["verify", "--golden", str(tmp_path)]) == 0
+def test_verify_without_golden_files_says_so(quick, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(verify, "GOLDEN", tmp_path)
+    assert command.main(["verify"]) == 0
     assert "no golden files" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="no golden files in"):
+        command.main(["verify", "--golden", str(tmp_path)])
+
+
+def test_info_says_that_the_environment_is_wrong(capsys, monkeypatch):
+    monkeypatch.setenv("SEAATTN_BACKEND", "metal")
+    assert command.main(["info"]) == 0
+    assert "'metal' is none of" in capsys.readouterr().out
 
 
 def test_demo_outside_a_checkout_says_what_it_needs(monkeypatch):

@@ -129,11 +129,16 @@ def test_flop_formula_counts_what_the_products_do(case):
     """Without autograd keys the operator is counted by its formula, with them by its parts."""
     tensors = case.inputs(0, "cpu", torch.float32)
     arguments = overload_arguments(case, tensors)
+    case.run(tensors, "reference")
     with torch.inference_mode(), FlopCounterMode(display=False) as formula:
         overload(case.name)(*arguments)
     with torch.no_grad(), FlopCounterMode(display=False) as parts:
         overload(case.name)(*arguments)
     assert formula.get_total_flops() == parts.get_total_flops()
+
+
+def test_every_operator_has_a_flop_formula():
+    assert ops._FLOPS.keys() == ops._SCHEMAS.keys()
 
 
 @pytest.mark.parametrize("size", [(3, 4), (32, 16)])
