@@ -38,7 +38,7 @@ lint: setup
 	$(PY) -c 'import clang_format as c; c.clang_format()' --dry-run -Werror $(CXX_SOURCES)
 
 clean:
-	rm -rf build .venv seaattn_kernels.egg-info seaattn_kernels/_C.*.so
+	rm -rf build $(filter-out none,$(VENV)) seaattn_kernels.egg-info seaattn_kernels/_C.*.so
 
 # torch comes first: the library is compiled against it.
 $(VENV)/.torch: constraints.txt

@@ -22,8 +22,8 @@ def missing() -> str | None:
         return (
             "torch is not importable here (install it first, then pip install --no-build-isolation)"
         )
-    compiler = os.environ.get("CXX", "c++").split()[0]
-    if shutil.which(compiler) is None and shutil.which("g++") is None:
+    compiler = os.environ.get("CXX", "g++").split()[0]
+    if shutil.which(compiler) is None:
         return f"no C++ compiler ({compiler}) was found"
     return None
 
@@ -32,6 +32,19 @@ def extension() -> dict:
     """The arguments of ``setup`` for the library."""
     import torch
     from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+    class BuildLibrary(BuildExtension):
+        """A compiler that fails leaves pure Python, unless the build was asked for."""
+
+        def run(self) -> None:
+            try:
+                super().run()
+            except (Exception, SystemExit) as error:
+                if forced:
+                    raise
+                reason = str(error).strip().splitlines()[-1]
+                print(f"seaattn_kernels: pure Python, compiling failed: {reason}", file=sys.stderr)
+                self.extensions.clear()
 
     if os.environ.get("SEAATTN_CUDA_ARCHS"):
         sys.exit("SEAATTN_CUDA_ARCHS asks for CUDA code, and this version has no csrc/cuda")
@@ -45,16 +58,18 @@ def extension() -> dict:
         sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp")),
         depends=sorted(str(path) for path in Path("csrc/cpu").glob("*.h")),
         extra_compile_args=flags,
-        # Without the build being asked for, a compiler that fails leaves pure Python.
-        optional=not forced,
     )
-    return {"ext_modules": [library], "cmdclass": {"build_ext": BuildExtension}}
+    return {"ext_modules": [library], "cmdclass": {"build_ext": BuildLibrary}}
 
 
-forced = os.environ.get("SEAATTN_FORCE_BUILD") == "1"
+def asked(name: str) -> bool:
+    return os.environ.get(name, "0").lower() not in ("", "0", "false", "no", "off")
+
+
+forced = asked("SEAATTN_FORCE_BUILD")
 arguments = {}
-if os.environ.get("SEAATTN_SKIP_BUILD") == "1":
-    print("seaattn_kernels: pure Python, SEAATTN_SKIP_BUILD=1", file=sys.stderr)
+if asked("SEAATTN_SKIP_BUILD"):
+    print("seaattn_kernels: pure Python, SEAATTN_SKIP_BUILD is set", file=sys.stderr)
 elif (lack := missing()) is None:
     arguments = extension()
 elif forced:

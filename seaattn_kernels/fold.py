@@ -5,12 +5,14 @@ Folding happens in float32 (float64 for a float64 block): with ``s = gamma / sqr
 is asked for; biases and position tables are not.
 """
 
-import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from seaattn_kernels import layers, reference
 
@@ -21,7 +23,24 @@ _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 _CONVOLUTIONS = ("to_q", "to_k", "to_v", "dwconv", "pwconv")
 _ENCODES = ("proj_encode_row", "proj_encode_column", "proj")
 _TABLES = ("pos_emb_rowq", "pos_emb_rowk", "pos_emb_columnq", "pos_emb_columnk")
-_lock = threading.Lock()
+
+#: Optimizer steps in this process. Fused optimizers write without moving a version.
+_steps = [0]
+
+
+def _count_step(*_) -> None:
+    _steps[0] += 1
+
+
+register_optimizer_step_post_hook(_count_step)
+
+
+def _traced() -> bool:
+    """Whether the tensors at hand are not those of an ordinary call, or the call is recorded.
+
+    Then nothing kept from another call may be used, and nothing of this one kept.
+    """
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode()
 
 
 class BlockWeights(NamedTuple):
@@ -77,21 +96,22 @@ class FoldedWeights:
 
     def weights(self, dtype: torch.dtype, height: int, width: int) -> BlockWeights:
         """The tensors for a map of this dtype and size; kept for the last :data:`MAP_SIZES`."""
-        if torch.compiler.is_compiling():
+        if _traced():
             return BlockWeights(*self._cast(dtype), self._position(height, width))
         key = (dtype, height, width)
         ready = self._ready.get(key)
         return self._prepare(key) if ready is None else ready
 
     def _prepare(self, key: tuple[torch.dtype, int, int]) -> BlockWeights:
+        # Without a lock, which a fork could leave held: threads at worst do the same work twice.
         dtype, height, width = key
-        with _lock, torch.no_grad():
+        with torch.no_grad():
             if dtype not in self._casts:
                 self._casts[dtype] = self._cast(dtype)
             ready = BlockWeights(*self._casts[dtype], self._position(height, width))
-            if len(self._ready) >= MAP_SIZES:
-                del self._ready[next(iter(self._ready))]
-            self._ready[key] = ready
+        for old in list(self._ready)[: 1 - MAP_SIZES]:
+            self._ready.pop(old, None)
+        self._ready[key] = ready
         return ready
 
     def _cast(self, dtype: torch.dtype) -> list[Tensor]:
@@ -145,56 +165,124 @@ def fold(block: nn.Module) -> FoldedWeights:
         )
 
 
+def _sources(block: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """The owner and the name of every tensor that a fold reads."""
+    for name in _CONVOLUTIONS + _ENCODES:
+        layer = getattr(block, name)
+        layer = layer[1] if name in _ENCODES else layer
+        for leaf in ("weight", "bias"):
+            yield layer.c, leaf
+        for leaf in ("weight", "bias", "running_mean", "running_var"):
+            yield layer.bn, leaf
+    for name in _TABLES:
+        yield getattr(block, name), "pos_embed"
+
+
+def alteration(layer: nn.Module) -> str | None:
+    """What a user attached to a layer that a call around it would skip, or None."""
+    if layer._forward_hooks or layer._forward_pre_hooks:
+        return "carries a forward hook"
+    if layer._backward_hooks or layer._backward_pre_hooks:
+        return "carries a backward hook"
+    if "forward" in layer.__dict__:
+        return "has a forward of its own"
+    return None
+
+
+def _conv_bn_obstacle(layer: nn.Module | None, shape: tuple[int, ...]) -> str | None:
+    """Why a layer is not the Conv2d_BN, with a weight of this shape, that it should be."""
+    if type(layer) is not layers.Conv2d_BN or list(layer._modules) != ["c", "bn"]:
+        return f"is {type(layer).__name__}({', '.join(getattr(layer, '_modules', ()))})"
+    conv, bn = layer.c, layer.bn
+    if type(conv) is not nn.Conv2d or type(bn) not in _NORMS:
+        return f"is {type(conv).__name__} and {type(bn).__name__}"
+    padding = shape[2] // 2
+    plain = (
+        tuple(conv.weight.shape) == shape
+        and (conv.stride, conv.dilation, conv.padding) == ((1, 1), (1, 1), (padding, padding))
+        and conv.groups == (1 if padding == 0 else shape[0])
+        and conv.padding_mode == "zeros"
+    )
+    if not plain:
+        return f"has another convolution than {shape}: {conv}"
+    if bn.training:
+        return "has a norm in training mode"
+    if bn.running_mean is None or bn.running_var is None:
+        return "has a norm without running statistics"
+    return None
+
+
 def obstacle(block: nn.Module) -> str | None:
     """Why the folded path would not compute what the submodules of ``block`` do, or None."""
     for name, layer in block.named_modules():
-        if layer is block:
-            continue
-        if layer._forward_hooks or layer._forward_pre_hooks:
-            return f"{name} carries a forward hook"
-        if isinstance(layer, _NORMS):
-            if layer.training:
-                return f"{name} is in training mode"
-            if layer.running_mean is None:
-                return f"{name} has no running statistics"
-    for name in _CONVOLUTIONS + _ENCODES:
-        layer = getattr(block, name)
+        if layer is not block and (reason := alteration(layer)):
+            return f"{name} {reason}"
+    keys = block.num_heads * block.key_dim
+    channels, values = block.dim, block.dh
+    projected = 2 * keys + values
+    shapes = {
+        "to_q": (keys, channels, 1, 1),
+        "to_k": (keys, channels, 1, 1),
+        "to_v": (values, channels, 1, 1),
+        "dwconv": (projected, 1, 3, 3),
+        "pwconv": (channels, projected, 1, 1),
+        "proj_encode_row": (values, values, 1, 1),
+        "proj_encode_column": (values, values, 1, 1),
+        "proj": (channels, values, 1, 1),
+    }
+    described = {_description(getattr(block, "act", None))}
+    for name, shape in shapes.items():
+        layer = getattr(block, name, None)
         if name in _ENCODES:
+            if type(layer) is not nn.Sequential or len(layer) != 2:
+                return f"{name} is not an activation and a Conv2d_BN"
+            described.add(_description(layer[0]))
             layer = layer[1]
-        if type(layer.c) is not nn.Conv2d or type(layer.bn) not in _NORMS:
-            return f"{name} is {type(layer.c).__name__} and {type(layer.bn).__name__}"
-    acts = [block.act, *(getattr(block, name)[0] for name in _ENCODES)]
-    if layers.activation_name(block.act) is None:
-        return f"act is {type(block.act).__name__}"
-    described = {(type(act), getattr(act, "negative_slope", None)) for act in acts}
+        if reason := _conv_bn_obstacle(layer, shape):
+            return f"{name} {reason}"
+    if None in described:
+        return f"one of its activations is none of {', '.join(reference.ACTIVATIONS)}"
     if len(described) > 1:
         return "its activations differ"
+    for name in _TABLES:
+        layer = getattr(block, name, None)
+        if type(layer) is not layers.SqueezeAxialPositionalEmbedding:
+            return f"{name} is {type(layer).__name__}"
+        if layer.pos_embed.shape[:2] != (1, keys):
+            return f"{name} has the shape {tuple(layer.pos_embed.shape)}"
     if type(block.sigmoid) is not layers.HSigmoid:
         return f"sigmoid is {type(block.sigmoid).__name__}"
+    if block.scale != block.key_dim**-0.5:
+        return f"scale is {block.scale}"
     return None
+
+
+def _description(layer: nn.Module | None) -> tuple | None:
+    name = layers.activation_name(layer)
+    return name and (name, getattr(layer, "negative_slope", None))
 
 
 class _Watch:
     """Everything a fold was made from, so that a change is seen in a few microseconds."""
 
     def __init__(self, block: nn.Module) -> None:
-        self.complete = True
+        self.steps = _steps[0]
         self.versions: list[tuple[dict, str, Tensor, int]] = []
-        self.identities: list[tuple[dict, str, object]] = []
-        self.scalars: list[tuple[nn.Module, str, object]] = []
+        self.absent: list[tuple[dict, str]] = []
+        self.children: list[tuple[dict, tuple[nn.Module, ...]]] = []
+        self.scalars: list[tuple[nn.Module, str, object]] = [(block, "scale", block.scale)]
+        self.attributes: list[dict] = []
         self.hooks: list[dict] = []
         for layer in block.modules():
-            for key, child in layer._modules.items():
-                self.identities.append((layer._modules, key, child))
+            if layer._modules:
+                self.children.append((layer._modules, tuple(layer._modules.values())))
             for table in (layer._parameters, layer._buffers):
                 for key, tensor in table.items():
                     if key == "num_batches_tracked":
                         continue
                     if tensor is None:
-                        self.identities.append((table, key, None))
-                    elif tensor.is_inference():
-                        self.complete = False
-                    else:
+                        self.absent.append((table, key))
+                    elif not tensor.is_inference():
                         self.versions.append((table, key, tensor, tensor._version))
             for name in ("eps", "negative_slope"):
                 if hasattr(layer, name):
@@ -202,17 +290,33 @@ class _Watch:
             if isinstance(layer, _NORMS):
                 self.scalars.append((layer, "training", layer.training))
             if layer is not block:
+                self.attributes.append(layer.__dict__)
                 self.hooks += [layer._forward_hooks, layer._forward_pre_hooks]
 
+    def complete(self, block: nn.Module) -> bool:
+        """Whether every tensor of a fold is watched: not so inference tensors, which have no
+        version, and weights that are plain attributes, as in replicas."""
+        watched = {id(tensor) for _, _, tensor, _ in self.versions}
+        tensors = (getattr(owner, name) for owner, name in _sources(block))
+        return all(tensor is None or id(tensor) in watched for tensor in tensors)
+
     def current(self) -> bool:
+        if self.steps != _steps[0]:
+            return False
         for table, key, tensor, version in self.versions:
             if table.get(key) is not tensor or tensor._version != version:
                 return False
-        for table, key, value in self.identities:
-            if table.get(key) is not value:
+        for table, key in self.absent:
+            if table.get(key) is not None:
+                return False
+        for table, children in self.children:
+            if tuple(table.values()) != children:
                 return False
         for layer, name, value in self.scalars:
             if getattr(layer, name) != value:
+                return False
+        for attributes in self.attributes:
+            if "forward" in attributes:
                 return False
         return not any(self.hooks)
 
@@ -221,34 +325,41 @@ class FoldCache:
     """The folded weights of one block: made when asked for, dropped when they may be stale.
 
     A fold is stale when a tensor it came from is another object or has another version, when a
-    submodule or an ``eps`` was replaced, or a hook was added. Fused optimizers and ``.half()`` move
-    no version: therefore :meth:`drop` in ``train()``, ``eval()`` and everything that goes through
-    ``_apply``, and :meth:`suspend` in a forward with gradients, after which an optimizer step may
-    come: nothing is kept until the next :meth:`drop`. Tensors made in inference mode have no
-    version: a block of them folds in every call. Writes through ``.data`` are not seen.
+    submodule, ``scale`` or an ``eps`` was replaced, when a hook was added, or when any optimizer
+    made a step: fused ones move no version. ``.half()`` and ``.to()`` move none either, therefore
+    :meth:`drop` in everything that goes through ``_apply``, in ``train()``, ``eval()`` and in a
+    forward with gradients. Tensors made in inference mode have no version: a block of them folds in
+    every call. Not seen: writes through ``.data``, collectives of ``torch.distributed`` on a
+    parameter, and fused updates outside ``torch.optim``.
     """
 
     def __init__(self) -> None:
-        self._record: tuple[_Watch, FoldedWeights | None] | None = None
-        self._suspended = False
+        self._record: tuple[_Watch, FoldedWeights] | None = None
 
     def get(self, block: nn.Module) -> FoldedWeights | None:
-        """The folded weights, or None where :func:`obstacle` finds a reason against them."""
-        if torch.compiler.is_compiling():
-            return fold(block) if obstacle(block) is None else None
-        record = self._record
-        if record is not None and record[0].current():
-            return record[1]
+        """The folded weights, or None where the submodules must run.
+
+        That is where :func:`obstacle` finds a reason, or where a weight needs a gradient.
+        """
+        # A compiler that saw the record would compile anew for each one.
+        if not (traced := _traced()):
+            record = self._record
+            if record is not None and record[0].current():
+                return record[1]
+        if obstacle(block) is not None:
+            return None
+        if torch.is_grad_enabled() and any(
+            tensor is not None and tensor.requires_grad
+            for tensor in (getattr(owner, name) for owner, name in _sources(block))
+        ):
+            return None
+        if traced:
+            return fold(block)
         watch = _Watch(block)
-        folded = fold(block) if obstacle(block) is None else None
-        if watch.complete and not self._suspended:
+        folded = fold(block)
+        if watch.complete(block):
             self._record = (watch, folded)
         return folded
 
     def drop(self) -> None:
         self._record = None
-        self._suspended = False
-
-    def suspend(self) -> None:
-        self._record = None
-        self._suspended = True

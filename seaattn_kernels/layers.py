@@ -15,12 +15,13 @@ _ACTIVATIONS = {
     nn.LeakyReLU: "leaky_relu",
     nn.SiLU: "silu",
 }
-ACTIVATION_LAYERS = tuple(_ACTIVATIONS)
 _NORMS = {"BN": nn.BatchNorm2d, "BN2d": nn.BatchNorm2d, "SyncBN": nn.SyncBatchNorm}
 
 
-def activation_name(layer: nn.Module) -> str | None:
-    """``"relu6"`` for an ``nn.ReLU6`` and so on; None for a layer of another class."""
+def activation_name(layer: nn.Module | None) -> str | None:
+    """``"relu6"`` for an ``nn.ReLU6`` and so on; None for what computes something else."""
+    if type(layer) is nn.ReLU6 and (layer.min_val, layer.max_val) != (0.0, 6.0):
+        return None
     return _ACTIVATIONS.get(type(layer))
 
 
@@ -52,13 +53,19 @@ def make_norm(norm_cfg: Mapping | None, channels: int) -> nn.Module:
 
     Raises:
         ValueError: for a type other than BN, BN2d and SyncBN.
+        TypeError: for an option that the layer does not have.
     """
+    if norm_cfg is not None and not isinstance(norm_cfg, Mapping):
+        raise TypeError(f"norm_cfg must be None or a mapping, got {norm_cfg!r}")
     options = {"type": "BN", **(norm_cfg or {})}
     kind = options.pop("type")
     requires_grad = options.pop("requires_grad", True)
-    if kind not in _NORMS:
+    if not isinstance(kind, str) or kind not in _NORMS:
         raise ValueError(f"norm_cfg['type'] must be one of {tuple(_NORMS)}, got {kind!r}")
-    norm = _NORMS[kind](channels, **options)
+    try:
+        norm = _NORMS[kind](channels, **options)
+    except TypeError as error:
+        raise TypeError(f"norm_cfg {norm_cfg!r}: {error}") from None
     for parameter in norm.parameters():
         parameter.requires_grad = requires_grad
     return norm

@@ -1,14 +1,15 @@
 """``SeaAttention``: upstream's module, on the operators of this package."""
 
+import math
 from collections.abc import Mapping
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor, nn
 
 from seaattn_kernels import ops, reference
-from seaattn_kernels.fold import FoldCache
+from seaattn_kernels.fold import FoldCache, alteration
 from seaattn_kernels.layers import (
-    ACTIVATION_LAYERS,
     Conv2d_BN,
     HSigmoid,
     SqueezeAxialPositionalEmbedding,
@@ -69,14 +70,18 @@ class SeaAttention(nn.Module):
     ) -> None:
         super().__init__()
         for name, value in (("dim", dim), ("key_dim", key_dim), ("num_heads", num_heads)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        dim, key_dim, num_heads = int(dim), int(key_dim), int(num_heads)
+        if not isinstance(attn_ratio, Real) or not math.isfinite(attn_ratio):
+            raise ValueError(f"attn_ratio must be a finite number, got {attn_ratio!r}")
         if int(attn_ratio * key_dim) < 1:
             raise ValueError(
                 f"attn_ratio * key_dim must be at least 1, got {attn_ratio} * {key_dim}"
             )
         ops.check_backend(backend)
         self.backend = backend
+        self.dim = dim
         self.num_heads = num_heads
         self.key_dim = key_dim
         self.scale = key_dim**-0.5
@@ -110,11 +115,15 @@ class SeaAttention(nn.Module):
         self._folds = FoldCache()
 
     def forward(self, x: Tensor) -> Tensor:
-        if not (torch.is_grad_enabled() and self._differentiates(x)):
-            folded = self._folds.get(self)
-            if folded is not None:
-                return ops.sea_attention(x, folded, self.backend)
-        ops.check_input(x, self.to_q.c.weight)
+        if ops.transformed() and self.backend in ("auto", "reference"):
+            return reference.sea_attention(self, x)
+        if torch.is_grad_enabled() and self._differentiates(x):
+            self._folds.drop()
+        elif (folded := self._folds.get(self)) is not None:
+            return ops.sea_attention(x, folded, self.backend)
+        weight = getattr(getattr(self.to_q, "c", None), "weight", None)
+        if isinstance(weight, Tensor):
+            ops.check_input(x, weight)
         return reference.follow_layout(self._forward_layers(x), x)
 
     def refold(self) -> None:
@@ -130,7 +139,6 @@ class SeaAttention(nn.Module):
 
     def _differentiates(self, x: Tensor) -> bool:
         if any(parameter.requires_grad for parameter in self.parameters()):
-            self._folds.suspend()
             return True
         return isinstance(x, Tensor) and x.requires_grad
 
@@ -162,25 +170,20 @@ class SeaAttention(nn.Module):
 
     def _bypass_obstacle(self) -> str | None:
         """Why the operators cannot stand in for the submodules that are not called, or None."""
-        bypassed = {
-            "proj": (self.proj, nn.Sequential),
-            "proj.0": (self.proj[0], *ACTIVATION_LAYERS),
-            "sigmoid": (self.sigmoid, HSigmoid),
-            "pos_emb_rowq": (self.pos_emb_rowq, SqueezeAxialPositionalEmbedding),
-            "pos_emb_rowk": (self.pos_emb_rowk, SqueezeAxialPositionalEmbedding),
-            "pos_emb_columnq": (self.pos_emb_columnq, SqueezeAxialPositionalEmbedding),
-            "pos_emb_columnk": (self.pos_emb_columnk, SqueezeAxialPositionalEmbedding),
-        }
-        for name, (layer, *kinds) in bypassed.items():
-            if type(layer) not in kinds:
-                return f"{name} is {type(layer).__name__}"
-            if (
-                layer._forward_hooks
-                or layer._forward_pre_hooks
-                or layer._backward_hooks
-                or layer._backward_pre_hooks
-            ):
-                return f"{name} carries a hook"
+        if type(self.proj) is not nn.Sequential or len(self.proj) != 2:
+            return "proj is not an activation and a Conv2d_BN"
+        if activation_name(self.proj[0]) is None:
+            return f"proj.0 is {self.proj[0]}"
+        bypassed = {"proj": self.proj, "proj.0": self.proj[0], "sigmoid": self.sigmoid}
+        if type(self.sigmoid) is not HSigmoid:
+            return f"sigmoid is {type(self.sigmoid).__name__}"
+        for name in ("pos_emb_rowq", "pos_emb_rowk", "pos_emb_columnq", "pos_emb_columnk"):
+            bypassed[name] = getattr(self, name)
+            if type(bypassed[name]) is not SqueezeAxialPositionalEmbedding:
+                return f"{name} is {type(bypassed[name]).__name__}"
+        for name, layer in bypassed.items():
+            if reason := alteration(layer):
+                return f"{name} {reason}"
         return None
 
     def _apply(self, *args, **kwargs) -> "SeaAttention":
@@ -200,8 +203,6 @@ class SeaAttention(nn.Module):
     def _replicate_for_data_parallel(self) -> "SeaAttention":
         replica = super()._replicate_for_data_parallel()
         replica._folds = FoldCache()
-        # A replica lives for one forward, and its parameters are no parameters: nothing to keep.
-        replica._folds.suspend()
         return replica
 
 

@@ -16,12 +16,14 @@ Under autocast the attentions and the block cast to its dtype, the other operato
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import cache
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from seaattn_kernels import native, reference
 from seaattn_kernels.reference import ACTIVATIONS
@@ -102,6 +104,10 @@ def _setup_axial_squeeze(ctx, inputs, output):
     ctx.channels_last = _is_channels_last(inputs[0])
 
 
+def _setup_nothing(ctx, inputs, output):
+    """torch.func asks for one."""
+
+
 def _register_axial_squeeze(backend: str) -> None:
     """Fakes and autograd. The adjoint of the squeeze is linear, and its own adjoint the squeeze."""
     name = f"seaattn_kernels::axial_squeeze.{backend}"
@@ -121,7 +127,9 @@ def _register_axial_squeeze(backend: str) -> None:
     torch.library.register_autograd(
         name, backward, setup_context=_setup_axial_squeeze, lib=_LIBRARY
     )
-    torch.library.register_autograd(backward_name, double_backward, lib=_LIBRARY)
+    torch.library.register_autograd(
+        backward_name, double_backward, setup_context=_setup_nothing, lib=_LIBRARY
+    )
 
 
 def _define_overloads() -> dict[str, dict[str, torch._ops.OpOverload]]:
@@ -170,7 +178,7 @@ def _flops_sea_attention(x, weights, heads, key_dim, *args, **kwargs) -> int:
     projected, values = weights[0][0], weights[6][0]
     pixel = c * projected + 9 * projected + projected * c + values * c
     axis = values * values
-    if reference.squeeze_first(c, projected, h, w):
+    if reference.squeeze_first(h, w):
         axis += c * projected
     attention = (heads * key_dim + values) * (h * h + w * w)
     return 2 * b * (h * w * pixel + (h + w) * axis + attention)
@@ -211,6 +219,8 @@ def refusal(operator: str, backend: str, device: torch.device, dtype: torch.dtyp
         return None
     if operator not in OPERATORS[backend]:
         return f"this version has no {backend} implementation of {operator}"
+    if transformed():
+        return "torch.func and forward-mode AD need the backend 'reference'"
     if backend == "cpu" and native.REASON is not None:
         return native.REASON
     if backend == "cpu" and device.type != "cpu":
@@ -218,6 +228,16 @@ def refusal(operator: str, backend: str, device: torch.device, dtype: torch.dtyp
     if dtype is torch.float64:
         return f"backend {backend!r} does not compute in float64; 'reference' does"
     return None
+
+
+def transformed() -> bool:
+    """Whether a transform of ``torch.func`` or forward-mode AD is at work.
+
+    Only plain PyTorch has their rules: "auto" runs it, without the dispatcher in between.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
 
 
 def check_backend(backend: str) -> None:
@@ -247,16 +267,18 @@ def choose(operator: str, backend: str, device: torch.device, dtype: torch.dtype
     reason = refusal(operator, preferred, device, dtype)
     if reason is None:
         return preferred
-    if dtype is not torch.float64 and not torch.compiler.is_compiling() and reason not in _warned:
+    quiet = dtype is torch.float64 or torch.compiler.is_compiling() or transformed()
+    if not quiet and reason not in _warned:
         _warned.add(reason)
         warnings.warn(f"seaattn_kernels uses plain PyTorch: {reason}", stacklevel=4)
     return "reference"
 
 
-def _overload(operator: str, backend: str, x: Tensor) -> torch._ops.OpOverload:
+def _overload(operator: str, backend: str, x: Tensor) -> Callable:
     if not torch.compiler.is_compiling() and "torch.utils.flop_counter" in sys.modules:
         _register_flop_formulas()
-    return _OVERLOADS[operator][choose(operator, backend, x.device, x.dtype)]
+    chosen = choose(operator, backend, x.device, x.dtype)
+    return _REFERENCE[operator] if transformed() else _OVERLOADS[operator][chosen]
 
 
 # --- checks ----------------------------------------------------------------------------------
@@ -286,8 +308,13 @@ def _check_shape(name: str, x: Tensor, expected: Sequence[int], why: str) -> Non
 
 
 def _check_positive(name: str, value) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, (Integral, torch.SymInt)) or value < 1:
         raise ValueError(f"{name} must be a positive integer, got {value!r}")
+
+
+def _check_number(name: str, value) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {value!r}")
 
 
 def _check_divides(heads: int, **tensors: Tensor) -> None:
@@ -407,6 +434,7 @@ def axial_attention(
     _check_shape("k", k, q.shape, "like q")
     _check_shape("v", v, (q.shape[0], v.shape[1], q.shape[2]), "in B and N like q")
     _check_divides(heads, q=q, v=v)
+    _check_number("scale", scale)
     q, k, v = _unify("q k v", (q, k, v), cast=True)
     overload = _overload("axial_attention", backend, q)
     with _autocast_off(q.device):
@@ -447,14 +475,16 @@ def axial_attention_pair(
     _check_tensor("column", column, "B, NQ, W")
     _check_shape("column", column, (*row.shape[:2], column.shape[2]), "in B and NQ like row")
     _check_positive("key_dim", key_dim)
+    scale = key_dim**-0.5 if scale is None else scale
+    _check_number("scale", scale)
     _check_divides(heads, row=row)
     if row.shape[1] <= 2 * heads * key_dim:
         raise ValueError(
             f"row must have more than 2*heads*key_dim = {2 * heads * key_dim} channels, "
             f"got {_describe(row)}"
         )
-    if len(tables) != 4:
-        raise ValueError(f"tables must be four tensors, got {len(tables)}")
+    if not isinstance(tables, Sequence) or len(tables) != 4:
+        raise ValueError(f"tables must be four tensors, got {_describe(tables)}")
     names = "row column tables[0] tables[1] tables[2] tables[3]"
     for name, table in zip(names.split()[2:], tables, strict=True):
         _check_tensor(name, table, "1, heads*D, P")
@@ -462,7 +492,7 @@ def axial_attention_pair(
     tensors = _unify(names, (row, column, *tables), cast=True)
     overload = _overload("axial_attention_pair", backend, tensors[0])
     with _autocast_off(row.device):
-        return overload(*tensors, heads, key_dim, key_dim**-0.5 if scale is None else scale)
+        return overload(*tensors, heads, key_dim, scale)
 
 
 def broadcast_add(
@@ -499,6 +529,7 @@ def broadcast_add(
     _check_shape("row", row, (b, c, h), "like v without W")
     _check_shape("column", column, (b, c, w), "like v without H")
     code = activation_code(activation)
+    _check_number("negative_slope", negative_slope)
     v, row, column = _unify("v row column", (v, row, column), cast=False)
     return _overload("broadcast_add", backend, v)(v, row, column, code, float(negative_slope))
 

@@ -137,7 +137,7 @@ def sea_attention(block: nn.Module, x: Tensor) -> Tensor:
     return block.sigmoid(block.proj(v + (row + column))) * detail
 
 
-def squeeze_first(channels: int, projected: int, height: int, width: int) -> bool:
+def squeeze_first(height: int, width: int) -> bool:
     """Whether to average ``x`` and project the means, or to project ``x`` and average that.
 
     Both give the same axis vectors. The first multiplies ``H + W`` more columns by the
@@ -175,7 +175,7 @@ def sea_attention_folded(
 
     # In place where a map is ours: on a CPU these maps are many times a cache.
     qkv = project(x, qkv_weight, qkv_bias)
-    if squeeze_first(x.shape[1], qkv.shape[1], height, width):
+    if squeeze_first(height, width):
         means = torch.cat([x.mean(3, dtype=wide), x.mean(2, dtype=wide)], dim=2)
         axis = torch.matmul(axis_weight, means.to(axis_weight.dtype)).to(wide) + qkv_bias[:, None]
     else:

@@ -3,6 +3,8 @@
 import copy
 import io
 import pickle
+import subprocess
+import sys
 import threading
 import timeit
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from seaattn_kernels import SeaAttention, fold, reference, verify
+from seaattn_kernels import SeaAttention, fold, layers, ops, reference, verify
 
 
 def make(dtype=torch.float64, **options):
@@ -37,6 +39,11 @@ def assert_current(block, x):
         1.0, float(expected.abs().max())
     )
     torch.testing.assert_close(ours(block, x), expected, rtol=0, atol=tolerance)
+
+
+def cached(block):
+    with torch.no_grad():
+        return block._folds.get(block)
 
 
 X = torch.randn(2, 12, 6, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -71,22 +78,17 @@ def test_affine_and_convolution_bias():
 
 def test_weights_are_cast_once_and_biases_stay_wide():
     block = make(torch.float16)
-    folded = block._folds.get(block)
+    folded = cached(block)
     weights = folded.weights(torch.float16, 6, 7)
     for name, tensor in weights._asdict().items():
         wide = name.endswith("bias") or name in ("axis_weight", "position")
         assert tensor.dtype is (torch.float32 if wide else torch.float16), name
-    assert (
-        make(torch.float32)
-        ._folds.get(make(torch.float32))
-        .weights(torch.float32, 6, 7)
-        .axis_weight.dtype
-        is torch.float64
-    )
+    single = cached(make(torch.float32)).weights(torch.float32, 6, 7)
+    assert single.axis_weight.dtype is torch.float64
     again = folded.weights(torch.float16, 9, 5)
     assert again.qkv_weight is weights.qkv_weight
     assert folded.weights(torch.float16, 6, 7) is weights
-    assert make(torch.float64)._folds.get(make(torch.float64)).dtype is torch.float64
+    assert cached(make(torch.float64)).dtype is torch.float64
 
 
 def test_shapes():
@@ -101,7 +103,7 @@ def test_shapes():
 
 def test_position_tables_are_bounded():
     block = make(torch.float32)
-    folded = block._folds.get(block)
+    folded = cached(block)
     for height in range(1, 2 * fold.MAP_SIZES):
         folded.weights(torch.float32, height, 3)
     assert len(folded._ready) == fold.MAP_SIZES
@@ -260,7 +262,7 @@ def test_change_of_dtype_is_noticed(dtype):
         rtol=0,
         atol=200 * torch.finfo(dtype).eps,
     )
-    assert block._folds.get(block).module_dtype is dtype
+    assert cached(block).module_dtype is dtype
 
 
 def test_half_of_a_changed_block_is_noticed():
@@ -302,6 +304,39 @@ def test_gradients_then_eval_then_step_is_noticed():
         assert_current(block, X)
 
 
+def test_half_drops_the_fold_of_a_block_without_statistics_of_its_own():
+    """No buffer is replaced that a changed identity would give away."""
+    block = make(torch.float64)
+    ours(block, X)
+    record = block._folds._record
+    block._apply(lambda t: t)
+    assert block._folds._record is None
+    assert record is not None
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad])
+@pytest.mark.parametrize("between", ["eval", "refold", "to", "nothing"])
+def test_a_fused_step_at_any_time_is_noticed(kind, between):
+    block = make().train()
+    optimizer = kind(block.parameters(), lr=0.01, fused=True)
+    for _ in range(2):
+        block(X).square().sum().backward()
+        block.eval()
+        ours(block, X)
+        {"eval": block.eval, "refold": block.refold, "to": block.cpu, "nothing": int}[between]()
+        ours(block, X)
+        optimizer.step()
+        assert_current(block, X)
+
+
+def test_a_step_through_a_copy_that_shares_its_layers_is_noticed():
+    block = make()
+    twin = copy.copy(block)
+    ours(block, X)
+    _train_step(twin, torch.optim.SGD(twin.parameters(), lr=1e-4, fused=True))
+    assert_current(block, X)
+
+
 def test_a_compiled_step_is_noticed():
     """A fused step after a compiled forward with gradients, with no eval() in between."""
     torch._dynamo.reset()
@@ -341,7 +376,7 @@ def test_one_norm_in_training_mode_is_noticed():
     block = make()
     ours(block, X)
     block.to_q.bn.train()
-    assert fold.obstacle(block) == "to_q.bn is in training mode"
+    assert fold.obstacle(block) == "to_q has a norm in training mode"
     twin = copy.deepcopy(block)
     torch.testing.assert_close(ours(block, X), eager(twin, X))
     assert torch.equal(block.to_q.bn.running_mean, twin.to_q.bn.running_mean)
@@ -367,20 +402,19 @@ def test_compiled_block_follows_its_weights(backend):
 
 def test_a_fold_is_kept_and_checked_in_microseconds():
     block = make(torch.float32)
-    folded = block._folds.get(block)
-    assert block._folds.get(block) is folded
-    best = min(timeit.repeat(lambda: block._folds.get(block), number=100, repeat=50)) / 100
+    folded = cached(block)
+    assert cached(block) is folded
+    with torch.no_grad():
+        best = min(timeit.repeat(lambda: block._folds.get(block), number=100, repeat=50)) / 100
     assert best < 10e-6
 
 
-def test_a_forward_with_gradients_keeps_no_fold():
+def test_a_forward_with_gradients_drops_the_fold():
     block = make()
     ours(block, X)
+    assert block._folds._record is not None
     block(X)
     assert block._folds._record is None
-    ours(block, X)
-    assert block._folds._record is None
-    block.eval()
     ours(block, X)
     assert block._folds._record is not None
 
@@ -439,6 +473,123 @@ def test_a_replica_folds_its_own_weights():
     assert replica._folds._record is None
 
 
+def test_gradients_reach_weights_that_are_no_parameters():
+    """A replica under gradients, and a weight that another network makes."""
+    block = make().requires_grad_(False)
+    weight = block.to_q.c.weight.detach().clone().requires_grad_()
+    del block.to_q.c.weight
+    block.to_q.c.weight = 1.0 * weight
+    block(X).sum().backward()
+    assert weight.grad.abs().max() > 0
+    with torch.no_grad():
+        assert_current(block, X)
+        block.to_q.c.weight = 2.0 * weight
+        assert_current(block, X)
+    assert block._folds._record is None
+
+
+def test_a_fake_call_leaves_no_trace():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    for warm in (False, True):
+        block = make(torch.float32)
+        if warm:
+            ours(block, X.float())
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+            assert block(torch.empty(2, 12, 9, 9)).shape == (2, 12, 9, 9)
+        assert type(ours(block, X.float())) is torch.Tensor
+        assert type(ours(block, torch.randn(2, 12, 9, 9))) is torch.Tensor
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("warm", [False, True])
+def test_a_traced_block_holds_its_weights_and_not_a_fold(warm):
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    block = make()
+    with torch.no_grad():
+        if warm:
+            block(X)
+        traced = torch.jit.trace(block, X)
+        graph = make_fx(lambda x: block(x))(X)
+        block.to_q.c.weight.mul_(2)
+        assert_current(block, X)
+        for recorded in (traced, graph):
+            torch.testing.assert_close(recorded(X), eager(block, X), rtol=0, atol=1e-10)
+
+
+def test_transforms_of_torch_func():
+    from torch.func import functional_call, grad, jvp, stack_module_state, vmap
+
+    block, x = make(torch.float32), X.float()
+    wanted = torch.autograd.grad(reference.sea_attention(block, y := x.requires_grad_()).sum(), y)
+    x = x.detach()
+    torch.testing.assert_close(grad(lambda x: block(x).sum())(x), wanted[0], atol=1e-4, rtol=1e-4)
+
+    def eager_at(x):
+        return reference.sea_attention(block, x)
+
+    tangent = torch.ones_like(x)
+    for function, plain in (
+        (block, eager_at),
+        (lambda x: ops.axial_squeeze(x)[0], lambda x: x.mean(3)),
+    ):
+        found, expected = (jvp(f, (x,), (tangent,))[1] for f in (function, plain))
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+    parameters = {name: p.detach() for name, p in block.named_parameters()}
+    tangents = {name: torch.ones_like(p) for name, p in parameters.items()}
+    found = jvp(lambda p: functional_call(block, p, x), (parameters,), (tangents,))[1]
+    twin = EagerTwin(block)
+    expected = jvp(
+        lambda p: functional_call(twin, {f"block.{k}": v for k, v in p.items()}, x),
+        (parameters,),
+        (tangents,),
+    )[1]
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
+
+    stacked, buffers = stack_module_state([block, make(torch.float32)])
+    both = vmap(lambda p, b: functional_call(block, (p, b), x))(stacked, buffers)
+    torch.testing.assert_close(both[0], eager(block, x), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(ours(block, x), eager(block, x), atol=1e-4, rtol=1e-4)
+
+
+class EagerTwin(nn.Module):
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, x):
+        return reference.sea_attention(self.block, x)
+
+
+def test_a_fork_while_another_thread_folds():
+    code = (
+        "import os, signal, threading, torch\n"
+        "from seaattn_kernels import SeaAttention\n"
+        "torch.set_num_threads(1)\n"
+        "block = SeaAttention(8).eval().requires_grad_(False)\n"
+        "stop = threading.Event()\n"
+        "def work():\n"
+        "    n = 0\n"
+        "    while not stop.is_set():\n"
+        "        n += 1\n"
+        "        block(torch.ones(1, 8, 1 + n % 90, 2))\n"
+        "thread = threading.Thread(target=work)\n"
+        "thread.start()\n"
+        "for _ in range(10):\n"
+        "    pid = os.fork()\n"
+        "    if pid == 0:\n"
+        "        signal.alarm(20)\n"
+        "        os._exit(0 if block(torch.ones(1, 8, 5, 7)).isfinite().all() else 1)\n"
+        "    assert os.waitpid(pid, 0)[1] == 0\n"
+        "stop.set()\n"
+        "thread.join()\n"
+    )
+    root = verify.GOLDEN.parents[1]
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, cwd=root, timeout=200)
+
+
 def test_several_threads():
     block = make()
     maps = [torch.randn(1, 12, 3 + i % 5, 4 + i % 3, dtype=torch.float64) for i in range(40)]
@@ -480,16 +631,92 @@ def _untracked(block):
     block.to_q.bn.track_running_stats = False
 
 
+def _own_forward(name):
+    def patch(block):
+        layer = block.get_submodule(name)
+        forward = layer.forward
+        layer.forward = lambda x: forward(x) + 1
+
+    return patch
+
+
+def _conv_of(layer):
+    return nn.utils.fuse_conv_bn_eval(layer.c, layer.bn)
+
+
+class Lora(nn.Module):
+    """A wrapper that shows the layers of what it wraps."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+        self.extra = nn.Conv2d(12, 8, 1).double()
+
+    @property
+    def c(self):
+        return self.base.c
+
+    @property
+    def bn(self):
+        return self.base.bn
+
+    def forward(self, x):
+        return self.base(x) + self.extra(x)
+
+
+class Doubled(layers.SqueezeAxialPositionalEmbedding):
+    def forward(self, x):
+        return super().forward(2 * x)
+
+
+DWCONVS = {
+    str(nn.Conv2d(32, 32, 3, groups=32, bias=False, **options)): options
+    for options in (
+        {"padding": 2, "dilation": 2},
+        {"padding": 1, "padding_mode": "reflect"},
+    )
+}
+
+
+def _dwconv(**options):
+    return _replace(
+        "dwconv.c",
+        lambda b: verify.randomise(nn.Conv2d(32, 32, 3, groups=32, bias=False, **options).double()),
+    )
+
+
 OBSTACLES = {
     "to_q carries a forward hook": _hook("to_q"),
     "proj.1.bn carries a forward hook": _hook("proj.1.bn"),
     "pos_emb_rowk carries a forward hook": _hook("pos_emb_rowk"),
     "sigmoid carries a forward hook": _hook("sigmoid"),
-    "to_q.bn is in training mode": lambda b: b.to_q.bn.train(),
-    "to_q.bn has no running statistics": _untracked,
-    "act is GELU": _replace("act", lambda b: nn.GELU()),
+    "to_q.bn has a forward of its own": _own_forward("to_q.bn"),
+    "sigmoid has a forward of its own": _own_forward("sigmoid"),
+    "proj.0 carries a forward hook": lambda b: b.proj[0].register_forward_pre_hook(lambda *_: None),
+    "to_q carries a backward hook": lambda b: b.to_q.register_full_backward_hook(lambda *_: None),
+    "to_v carries a backward hook": lambda b: b.to_v.register_full_backward_pre_hook(
+        lambda *_: None
+    ),
+    "to_q has a norm in training mode": lambda b: b.to_q.bn.train(),
+    "to_q has a norm without running statistics": _untracked,
+    "one of its activations is none of identity, relu, relu6, leaky_relu, silu": (
+        _replace("act", lambda b: nn.GELU())
+    ),
+    "to_q is Conv2d()": _replace("to_q", lambda b: _conv_of(b.to_q)),
+    "to_k is Lora(base, extra)": _replace("to_k", lambda b: Lora(b.to_k)),
+    "to_v is Conv2d_BN(c, bn, 2)": lambda b: b.to_v.append(nn.ReLU()),
+    "proj is not an activation and a Conv2d_BN": lambda b: b.proj.append(nn.Tanh()),
+    "proj_encode_row is not an activation and a Conv2d_BN": lambda b: b.proj_encode_row.append(
+        nn.Tanh()
+    ),
+    "pos_emb_rowq is Doubled": _replace("pos_emb_rowq", lambda b: Doubled(8, 16).double()),
+    "scale is 1.0": _replace("scale", lambda b: 1.0),
     "its activations differ": _replace("proj.0", lambda b: nn.ReLU()),
     "sigmoid is Tanh": _replace("sigmoid", lambda b: nn.Tanh()),
+    **{
+        f"dwconv has another convolution than (32, 1, 3, 3): {kind}": _dwconv(**options)
+        for kind, options in DWCONVS.items()
+    },
     "pwconv is ParametrizedConv2d and BatchNorm2d": lambda b: (
         torch.nn.utils.parametrizations.weight_norm(b.pwconv.c)
     ),

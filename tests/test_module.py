@@ -108,6 +108,12 @@ def test_activations(activation, kind):
         (ValueError, "key_dim .*got -1", {"key_dim": -1}),
         (ValueError, "num_heads .*got True", {"num_heads": True}),
         (ValueError, "attn_ratio .*0.01", {"attn_ratio": 0.01}),
+        (ValueError, "attn_ratio .*'2'", {"attn_ratio": "2"}),
+        (ValueError, "attn_ratio .*None", {"attn_ratio": None}),
+        (ValueError, "attn_ratio .*nan", {"attn_ratio": float("nan")}),
+        (TypeError, "norm_cfg .*'BN'", {"norm_cfg": "BN"}),
+        (ValueError, r"norm_cfg.*\[\]", {"norm_cfg": {"type": []}}),
+        (TypeError, "norm_cfg .*'size': 3", {"norm_cfg": {"size": 3}}),
         (ValueError, "activation .*'gelu'", {"activation": "gelu"}),
         (ValueError, "activation .*GELU", {"activation": nn.GELU}),
         (TypeError, "activation .*7", {"activation": 7}),
@@ -346,7 +352,7 @@ def test_backward_hooks_fire():
 def test_a_hook_and_an_explicit_backend_exclude_each_other():
     block = make(backend="cpu")
     block.proj.register_forward_hook(lambda *_: None)
-    with pytest.raises(RuntimeError, match="proj carries a hook"):
+    with pytest.raises(RuntimeError, match="proj carries a forward hook"):
         block(torch.randn(2, 16, 4, 5))
 
 
@@ -373,7 +379,7 @@ def test_compiled_block_of_any_size():
         for size in ((20, 24), (32, 27), (41, 37)):
             x = torch.randn(3, 16, *size, dtype=torch.float64)
             torch.testing.assert_close(compiled(x), block(x), rtol=0, atol=1e-11)
-    assert counter.frame_count == 1
+    assert sum(len(graph.graph.nodes) > 0 for graph in counter.graphs) == 1
 
 
 def test_inference_mode_and_gradients_agree():

@@ -95,8 +95,9 @@ def _setup(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess:
     )
 
 
-def test_build_can_be_skipped(tmp_path):
-    done = _setup(tmp_path, SEAATTN_SKIP_BUILD="1")
+@pytest.mark.parametrize("value", ["1", "true"])
+def test_build_can_be_skipped(tmp_path, value):
+    done = _setup(tmp_path, SEAATTN_SKIP_BUILD=value)
     assert done.returncode == 0
     assert "pure Python" in done.stderr
     assert not list(tmp_path.rglob("*.so"))
@@ -108,6 +109,14 @@ def test_no_compiler_is_one_line_or_an_error(tmp_path, forced):
     assert done.returncode == int(forced)
     assert "no C++ compiler" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("forced", ["0", "1"])
+def test_a_compiler_that_fails_is_one_line_or_an_error(tmp_path, forced):
+    done = _setup(tmp_path, CXX="/bin/false", SEAATTN_FORCE_BUILD=forced)
+    assert (done.returncode != 0) == (forced == "1")
+    assert forced == "1" or "pure Python, compiling failed" in done.stderr
+    assert not list(tmp_path.rglob("*.so"))
 
 
 def test_cuda_cannot_be_asked_for(tmp_path):

@@ -144,7 +144,7 @@ def test_every_operator_has_a_flop_formula():
 @pytest.mark.parametrize("size", [(3, 4), (32, 16)])
 def test_flop_formula_of_the_block(size):
     block, x = block_and_input(size=size)
-    folded = block._folds.get(block)
+    folded = fold.fold(block)
     counts = []
     for mode in (torch.inference_mode(), torch.no_grad()):
         with mode, FlopCounterMode(display=False) as counter:
@@ -342,7 +342,7 @@ def test_identity_does_not_alias():
 @pytest.mark.parametrize("compiled", [False, True])
 def test_layout_follows_the_first_map(compiled):
     block, x = block_and_input()
-    folded = block._folds.get(block)
+    folded = fold.fold(block)
     row, column = torch.zeros(2, 16, 9), torch.zeros(2, 16, 8)
     functions = (
         lambda t: ops.gate(t, x),
@@ -370,7 +370,7 @@ def test_layout_of_a_pixel_is_contiguous():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_autocast_casts_attention_and_block_and_promotes_the_others(dtype):
     block, x = block_and_input()
-    folded = block._folds.get(block)
+    folded = fold.fold(block)
     by_name = {case.name: case for case in CASES}
     with torch.autocast("cpu", dtype=dtype), torch.no_grad():
         for name in ("axial_attention", "axial_attention_pair"):
@@ -394,7 +394,7 @@ def test_autocast_casts_attention_and_block_and_promotes_the_others(dtype):
 def test_autocast_reaches_nothing_inside_the_block():
     """The axis vectors stay float32: the same result as a block called in the low dtype."""
     block, x = block_and_input()
-    folded = block._folds.get(block)
+    folded = fold.fold(block)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         found = ops.sea_attention(x, folded, "reference")
     low = x.bfloat16()
@@ -437,6 +437,13 @@ BAD = [
         "column .*in B and NQ",
         lambda: ops.axial_attention_pair(PAIR[0], Q, PAIR[2], 2, 2),
     ),
+    (
+        ValueError,
+        "tables must be four.*None",
+        lambda: ops.axial_attention_pair(*PAIR[:2], None, 2, 2),
+    ),
+    (TypeError, "scale .*None", lambda: ops.axial_attention(Q, Q, Q, 2, None)),
+    (TypeError, "negative_slope .*None", lambda: ops.broadcast_add(X, ROW, COLUMN, "relu", None)),
     (
         ValueError,
         "tables must be four",
