@@ -22,7 +22,8 @@ MAP_SIZES = 64
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 _CONVOLUTIONS = ("to_q", "to_k", "to_v", "dwconv", "pwconv")
 _ENCODES = ("proj_encode_row", "proj_encode_column", "proj")
-_TABLES = ("pos_emb_rowq", "pos_emb_rowk", "pos_emb_columnq", "pos_emb_columnk")
+#: The layers of the position tables, in the order of ``axial_attention_pair``.
+TABLES = ("pos_emb_rowq", "pos_emb_rowk", "pos_emb_columnq", "pos_emb_columnk")
 
 #: Optimizer steps in this process. Fused optimizers write without moving a version.
 _steps = [0]
@@ -155,7 +156,7 @@ def fold(block: nn.Module) -> FoldedWeights:
         wide = projected[0].dtype
         return FoldedWeights(
             convolutions=tuple(convolutions),
-            tables=tuple(getattr(block, name).pos_embed.detach().to(wide) for name in _TABLES),
+            tables=tuple(getattr(block, name).pos_embed.detach().to(wide) for name in TABLES),
             heads=block.num_heads,
             key_dim=block.key_dim,
             activation_code=reference.ACTIVATIONS.index(layers.activation_name(block.act)),
@@ -174,7 +175,7 @@ def _sources(block: nn.Module) -> Iterator[tuple[nn.Module, str]]:
             yield layer.c, leaf
         for leaf in ("weight", "bias", "running_mean", "running_var"):
             yield layer.bn, leaf
-    for name in _TABLES:
+    for name in TABLES:
         yield getattr(block, name), "pos_embed"
 
 
@@ -244,7 +245,7 @@ def obstacle(block: nn.Module) -> str | None:
         return f"one of its activations is none of {', '.join(reference.ACTIVATIONS)}"
     if len(described) > 1:
         return "its activations differ"
-    for name in _TABLES:
+    for name in TABLES:
         layer = getattr(block, name, None)
         if type(layer) is not layers.SqueezeAxialPositionalEmbedding:
             return f"{name} is {type(layer).__name__}"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from seaattn_kernels import ops, reference
-from seaattn_kernels.fold import FoldCache, alteration
+from seaattn_kernels.fold import TABLES, FoldCache, alteration
 from seaattn_kernels.layers import (
     Conv2d_BN,
     HSigmoid,
@@ -36,10 +36,12 @@ class SeaAttention(nn.Module):
     autocast). Parameters, buffers, their names and their initialisation are upstream's; proj and
     the two encodes start with a BatchNorm weight of 0, so a fresh block puts out ``0.5 * detail``.
 
-    In eval mode without gradients the block runs from folded weights, :func:`ops.sea_attention`;
-    they follow every change of the parameters except writes through ``.data`` (then call
-    :meth:`refold`). Otherwise it runs its submodules and the differentiable operators. A forward
-    hook on a submodule makes it run all of them, one by one.
+    In eval mode without gradients the block runs from folded weights, :func:`ops.sea_attention`.
+    They follow in-place updates, optimizers, ``load_state_dict``, ``.half()``, ``.to()``; they do
+    not see what moves no version counter: writes through ``.data``, collectives of
+    ``torch.distributed`` on a parameter, fused updates outside ``torch.optim``. Call :meth:`refold`
+    after those. Otherwise the block runs its submodules and the differentiable operators. Where a
+    submodule was replaced or carries a hook, the block does what its submodules do.
 
     Args:
         dim: channels C.
@@ -127,7 +129,7 @@ class SeaAttention(nn.Module):
         return reference.follow_layout(self._forward_layers(x), x)
 
     def refold(self) -> None:
-        """Forget the folded weights; needed only after a write through ``.data``."""
+        """Forget the folded weights, after an update that they cannot see (see the class)."""
         self._folds.drop()
 
     def train(self, mode: bool = True) -> "SeaAttention":
@@ -150,12 +152,7 @@ class SeaAttention(nn.Module):
             return reference.sea_attention(self, x)
         activation = activation_name(self.proj[0])
         negative_slope = getattr(self.proj[0], "negative_slope", 0.0)
-        tables = [
-            layer.pos_embed
-            for layer in (
-                self.pos_emb_rowq, self.pos_emb_rowk, self.pos_emb_columnq, self.pos_emb_columnk,
-            )
-        ]  # fmt: skip
+        tables = [getattr(self, name).pos_embed for name in TABLES]
         q, k, v = self.to_q(x), self.to_k(x), self.to_v(x)
         qkv = torch.cat([q, k, v], dim=1)
         row, column = ops.axial_squeeze(qkv, self.backend)
@@ -177,7 +174,7 @@ class SeaAttention(nn.Module):
         bypassed = {"proj": self.proj, "proj.0": self.proj[0], "sigmoid": self.sigmoid}
         if type(self.sigmoid) is not HSigmoid:
             return f"sigmoid is {type(self.sigmoid).__name__}"
-        for name in ("pos_emb_rowq", "pos_emb_rowk", "pos_emb_columnq", "pos_emb_columnk"):
+        for name in TABLES:
             bypassed[name] = getattr(self, name)
             if type(bypassed[name]) is not SqueezeAxialPositionalEmbedding:
                 return f"{name} is {type(bypassed[name]).__name__}"
