@@ -83,10 +83,6 @@ class FoldedWeights:
     _ready: dict = field(default_factory=dict, init=False, repr=False)
 
     @property
-    def channels(self) -> int:
-        return self.convolutions[0].shape[1]
-
-    @property
     def dtype(self) -> torch.dtype:
         """Of the folding: float32, or float64."""
         return self.convolutions[0].dtype

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from seaattn_kernels import ops, reference
+from seaattn_kernels.checks import check_input
 from seaattn_kernels.fold import TABLES, FoldCache, alteration
 from seaattn_kernels.layers import (
     Conv2d_BN,
@@ -125,7 +126,7 @@ class SeaAttention(nn.Module):
             return ops.sea_attention(x, folded, self.backend)
         weight = getattr(getattr(self.to_q, "c", None), "weight", None)
         if isinstance(weight, Tensor):
-            ops.check_input(x, weight)
+            check_input(x, weight)
         return reference.follow_layout(self._forward_layers(x), x)
 
     def refold(self) -> None:

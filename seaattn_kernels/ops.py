@@ -1,4 +1,4 @@
-"""The operators: argument checks, schemas, fakes, autograd, autocast and the choice of a backend.
+"""The operators: schemas, fakes, autograd, FLOP formulas and the choice of a backend.
 
 Every public function checks its arguments, settles the backend, and calls one registered overload
 ``torch.ops.seaattn_kernels.<operator>.<backend>``. The schemas are defined here, once; the compiled
@@ -17,19 +17,29 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from functools import cache
-from numbers import Integral, Real
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from seaattn_kernels import native, reference
+from seaattn_kernels.checks import (
+    activation_code,
+    autocast_dtype,
+    autocast_off,
+    check_divides,
+    check_input,
+    check_number,
+    check_positive,
+    check_shape,
+    check_tensor,
+    describe,
+    unify,
+)
 from seaattn_kernels.reference import ACTIVATIONS
 
 BACKENDS = ("auto", "reference", "triton", "cpu", "cuda")
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 #: What "auto" stands for; "auto" here means the best backend of the tensor's device.
 _AUTO = os.environ.get("SEAATTN_BACKEND") or "auto"
@@ -281,110 +291,6 @@ def _overload(operator: str, backend: str, x: Tensor) -> Callable:
     return _REFERENCE[operator] if transformed() else _OVERLOADS[operator][chosen]
 
 
-# --- checks ----------------------------------------------------------------------------------
-
-
-def _describe(x) -> str:
-    if not isinstance(x, Tensor):
-        return f"{type(x).__name__} {x!r}"
-    return f"shape {tuple(x.shape)}, {x.dtype}, {x.device}"
-
-
-def _check_tensor(name: str, x, layout: str) -> None:
-    """Rank and dtype of one argument; ``layout`` reads like ``"B, C, H, W"``."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a tensor ({layout}), got {_describe(x)}")
-    if x.dim() != layout.count(",") + 1:
-        raise ValueError(f"{name} must have the shape ({layout}), got {_describe(x)}")
-    if x.dtype not in DTYPES:
-        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {_describe(x)}")
-    if 0 in x.shape[1:]:
-        raise ValueError(f"{name} ({layout}) may be empty in B only, got {_describe(x)}")
-
-
-def _check_shape(name: str, x: Tensor, expected: Sequence[int], why: str) -> None:
-    if tuple(x.shape) != tuple(expected):
-        raise ValueError(f"{name} must have shape {tuple(expected)} {why}, got {_describe(x)}")
-
-
-def _check_positive(name: str, value) -> None:
-    if isinstance(value, bool) or not isinstance(value, (Integral, torch.SymInt)) or value < 1:
-        raise ValueError(f"{name} must be a positive integer, got {value!r}")
-
-
-def _check_number(name: str, value) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-
-
-def _check_divides(heads: int, **tensors: Tensor) -> None:
-    _check_positive("heads", heads)
-    for name, x in tensors.items():
-        if x.shape[1] % heads:
-            raise ValueError(
-                f"{name} must have a multiple of heads={heads} channels, got {_describe(x)}"
-            )
-
-
-def _autocast_dtype(device: torch.device) -> torch.dtype | None:
-    kind = device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return None
-
-
-def _autocast_off(device: torch.device):
-    """The tensors are cast: nothing inside an operator may be cast again."""
-    if _autocast_dtype(device) is None:
-        return nullcontext()
-    return torch.autocast(device.type, enabled=False)
-
-
-def _unify(names: str, tensors: Sequence[Tensor], cast: bool) -> Sequence[Tensor]:
-    """One device, one dtype. Under autocast: its dtype where ``cast``, else the widest one's."""
-    first = tensors[0]
-    for name, x in zip(names.split(), tensors, strict=True):
-        if x.device != first.device:
-            raise ValueError(f"{name} is on {x.device}, {names.split()[0]} on {first.device}")
-    target = _autocast_dtype(first.device)
-    if target is not None:
-        if not cast:
-            target = first.dtype
-            for x in tensors:
-                target = torch.promote_types(target, x.dtype)
-            return [x.to(target) for x in tensors]
-        if not any(x.dtype is torch.float64 for x in tensors):
-            return [x.to(target) for x in tensors]
-    for name, x in zip(names.split(), tensors, strict=True):
-        if x.dtype is not first.dtype:
-            raise TypeError(f"{name} is {x.dtype}, {names.split()[0]} is {first.dtype}")
-    return tensors
-
-
-def check_input(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> None:
-    """Raise unless ``x`` is a map for a block whose first product has this ``(NQ, C, ...)`` weight.
-
-    ``dtype`` is the block's, by default the weight's; under autocast any float dtype will do.
-    """
-    _check_tensor("x", x, "B, C, H, W")
-    dtype = dtype or weight.dtype
-    if x.shape[1] != weight.shape[1]:
-        raise ValueError(f"x must have C={weight.shape[1]} channels, got {_describe(x)}")
-    if x.device != weight.device:
-        raise ValueError(f"x is on {x.device}, the weights are on {weight.device}")
-    if x.dtype is not dtype:
-        double = x.dtype is torch.float64 or dtype is torch.float64
-        if double or _autocast_dtype(x.device) is None:
-            raise TypeError(f"x is {x.dtype}, the weights are {dtype}")
-
-
-def activation_code(activation: str) -> int:
-    """The number that stands for an activation in a schema; ``ValueError`` for an unknown name."""
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
-    return ACTIVATIONS.index(activation)
-
-
 # --- public functions ------------------------------------------------------------------------
 
 
@@ -404,7 +310,7 @@ def axial_squeeze(x: Tensor, backend: str = "auto") -> tuple[Tensor, Tensor]:
         TypeError, ValueError: for a wrong dtype, rank or an empty H, W or C.
         RuntimeError: where an explicit backend cannot run, with the reason.
     """
-    _check_tensor("x", x, "B, C, H, W")
+    check_tensor("x", x, "B, C, H, W")
     return _overload("axial_squeeze", backend, x)(x)
 
 
@@ -430,14 +336,14 @@ def axial_attention(
         RuntimeError: where an explicit backend cannot run, with the reason.
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
-        _check_tensor(name, x, "B, channels, N")
-    _check_shape("k", k, q.shape, "like q")
-    _check_shape("v", v, (q.shape[0], v.shape[1], q.shape[2]), "in B and N like q")
-    _check_divides(heads, q=q, v=v)
-    _check_number("scale", scale)
-    q, k, v = _unify("q k v", (q, k, v), cast=True)
+        check_tensor(name, x, "B, channels, N")
+    check_shape("k", k, q.shape, "like q")
+    check_shape("v", v, (q.shape[0], v.shape[1], q.shape[2]), "in B and N like q")
+    check_divides(heads, q=q, v=v)
+    check_number("scale", scale)
+    q, k, v = unify("q k v", (q, k, v), cast=True)
     overload = _overload("axial_attention", backend, q)
-    with _autocast_off(q.device):
+    with autocast_off(q.device):
         return overload(q, k, v, heads, scale)
 
 
@@ -471,27 +377,27 @@ def axial_attention_pair(
         TypeError, ValueError: for wrong or mixed dtypes, devices, shapes.
         RuntimeError: where an explicit backend cannot run, with the reason.
     """
-    _check_tensor("row", row, "B, NQ, H")
-    _check_tensor("column", column, "B, NQ, W")
-    _check_shape("column", column, (*row.shape[:2], column.shape[2]), "in B and NQ like row")
-    _check_positive("key_dim", key_dim)
+    check_tensor("row", row, "B, NQ, H")
+    check_tensor("column", column, "B, NQ, W")
+    check_shape("column", column, (*row.shape[:2], column.shape[2]), "in B and NQ like row")
+    check_positive("key_dim", key_dim)
     scale = key_dim**-0.5 if scale is None else scale
-    _check_number("scale", scale)
-    _check_divides(heads, row=row)
+    check_number("scale", scale)
+    check_divides(heads, row=row)
     if row.shape[1] <= 2 * heads * key_dim:
         raise ValueError(
             f"row must have more than 2*heads*key_dim = {2 * heads * key_dim} channels, "
-            f"got {_describe(row)}"
+            f"got {describe(row)}"
         )
     if not isinstance(tables, Sequence) or len(tables) != 4:
-        raise ValueError(f"tables must be four tensors, got {_describe(tables)}")
+        raise ValueError(f"tables must be four tensors, got {describe(tables)}")
     names = "row column tables[0] tables[1] tables[2] tables[3]"
     for name, table in zip(names.split()[2:], tables, strict=True):
-        _check_tensor(name, table, "1, heads*D, P")
-        _check_shape(name, table, (1, heads * key_dim, table.shape[2]), "(1, heads*D, P)")
-    tensors = _unify(names, (row, column, *tables), cast=True)
+        check_tensor(name, table, "1, heads*D, P")
+        check_shape(name, table, (1, heads * key_dim, table.shape[2]), "(1, heads*D, P)")
+    tensors = unify(names, (row, column, *tables), cast=True)
     overload = _overload("axial_attention_pair", backend, tensors[0])
-    with _autocast_off(row.device):
+    with autocast_off(row.device):
         return overload(*tensors, heads, key_dim, scale)
 
 
@@ -522,15 +428,15 @@ def broadcast_add(
         TypeError, ValueError: for wrong or mixed dtypes, devices, shapes, an unknown activation.
         RuntimeError: where an explicit backend cannot run, with the reason.
     """
-    _check_tensor("v", v, "B, C, H, W")
-    _check_tensor("row", row, "B, C, H")
-    _check_tensor("column", column, "B, C, W")
+    check_tensor("v", v, "B, C, H, W")
+    check_tensor("row", row, "B, C, H")
+    check_tensor("column", column, "B, C, W")
     b, c, h, w = v.shape
-    _check_shape("row", row, (b, c, h), "like v without W")
-    _check_shape("column", column, (b, c, w), "like v without H")
+    check_shape("row", row, (b, c, h), "like v without W")
+    check_shape("column", column, (b, c, w), "like v without H")
     code = activation_code(activation)
-    _check_number("negative_slope", negative_slope)
-    v, row, column = _unify("v row column", (v, row, column), cast=False)
+    check_number("negative_slope", negative_slope)
+    v, row, column = unify("v row column", (v, row, column), cast=False)
     return _overload("broadcast_add", backend, v)(v, row, column, code, float(negative_slope))
 
 
@@ -551,10 +457,10 @@ def gate(x: Tensor, y: Tensor, hard: bool = True, backend: str = "auto") -> Tens
         TypeError, ValueError: for wrong or mixed dtypes, devices, shapes.
         RuntimeError: where an explicit backend cannot run, with the reason.
     """
-    _check_tensor("x", x, "B, C, H, W")
-    _check_tensor("y", y, "B, C, H, W")
-    _check_shape("y", y, x.shape, "like x")
-    x, y = _unify("x y", (x, y), cast=False)
+    check_tensor("x", x, "B, C, H, W")
+    check_tensor("y", y, "B, C, H, W")
+    check_shape("y", y, x.shape, "like x")
+    x, y = unify("x y", (x, y), cast=False)
     return _overload("gate", backend, x)(x, y, bool(hard))
 
 
@@ -579,15 +485,15 @@ def sea_attention(x: Tensor, folded, backend: str = "auto") -> Tensor:
         RuntimeError: where x needs a gradient, or an explicit backend cannot run, with the reason.
     """
     if not hasattr(folded, "module_dtype"):
-        raise TypeError(f"folded must be a fold.FoldedWeights, got {_describe(folded)}")
+        raise TypeError(f"folded must be a fold.FoldedWeights, got {describe(folded)}")
     check_input(x, folded.convolutions[0], folded.module_dtype)
     if x.requires_grad and torch.is_grad_enabled():
         raise RuntimeError("sea_attention has no backward: call the module, or use torch.no_grad()")
-    target = _autocast_dtype(x.device)
+    target = autocast_dtype(x.device)
     if target is not None and x.dtype is not torch.float64:
         x = x.to(target)
     overload = _overload("sea_attention", backend, x)
-    with _autocast_off(x.device):
+    with autocast_off(x.device):
         return overload(
             x,
             folded.weights(x.dtype, x.shape[2], x.shape[3]),

@@ -337,6 +337,16 @@ def test_a_step_through_a_copy_that_shares_its_layers_is_noticed():
     assert_current(block, X)
 
 
+def test_a_new_slope_is_noticed():
+    block = make(activation="leaky_relu")
+    before = ours(block, X)
+    for layer in block.modules():
+        if isinstance(layer, nn.LeakyReLU):
+            layer.negative_slope = 0.5
+    assert_current(block, X)
+    assert not torch.equal(ours(block, X), before)
+
+
 def test_a_compiled_step_is_noticed():
     """A fused step after a compiled forward with gradients, with no eval() in between."""
     torch._dynamo.reset()

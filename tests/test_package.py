@@ -14,9 +14,10 @@ DOWNWARD = {
     "__main__": {"", "native", "ops", "verify"},
     "verify": {"ops", "reference", "seaformer", "module"},
     "seaformer": {"layers", "module"},
-    "module": {"ops", "fold", "layers", "reference"},
+    "module": {"checks", "ops", "fold", "layers", "reference"},
     "fold": {"layers", "reference"},
-    "ops": {"native", "reference"},
+    "ops": {"checks", "native", "reference"},
+    "checks": {"reference"},
 }
 
 
