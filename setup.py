@@ -42,7 +42,7 @@ def extension() -> dict:
             except (Exception, SystemExit) as error:
                 if forced:
                     raise
-                reason = str(error).strip().splitlines()[-1]
+                reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
                 print(f"seaattn_kernels: pure Python, compiling failed: {reason}", file=sys.stderr)
                 self.extensions.clear()
 

@@ -125,6 +125,12 @@ class FoldedWeights:
         return torch.cat([row, column], dim=2)[0]
 
 
+def _conv_layers(block: nn.Module) -> list[nn.Module]:
+    """The eight Conv2d_BN of a block: q, k, v, depthwise, pointwise, row, column, proj."""
+    plain = [getattr(block, name) for name in _CONVOLUTIONS]
+    return plain + [getattr(block, name)[1] for name in _ENCODES]
+
+
 def _conv_bn(layer: nn.Module) -> tuple[Tensor, Tensor]:
     conv, bn = layer.c, layer.bn
     wide = torch.float64 if conv.weight.dtype is torch.float64 else torch.float32
@@ -142,8 +148,7 @@ def _conv_bn(layer: nn.Module) -> tuple[Tensor, Tensor]:
 def fold(block: nn.Module) -> FoldedWeights:
     """Fold a block in which :func:`obstacle` finds nothing; no gradient, no cache."""
     with torch.no_grad():
-        q, k, v, dw, pw = (_conv_bn(getattr(block, name)) for name in _CONVOLUTIONS)
-        row, column, proj = (_conv_bn(getattr(block, name)[1]) for name in _ENCODES)
+        q, k, v, dw, pw, row, column, proj = map(_conv_bn, _conv_layers(block))
         projected = tuple(torch.cat(parts) for parts in zip(q, k, v, strict=True))
         convolutions = []
         for weight, bias in (projected, dw, pw, row, column, proj):
@@ -162,17 +167,14 @@ def fold(block: nn.Module) -> FoldedWeights:
         )
 
 
-def _sources(block: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-    """The owner and the name of every tensor that a fold reads."""
-    for name in _CONVOLUTIONS + _ENCODES:
-        layer = getattr(block, name)
-        layer = layer[1] if name in _ENCODES else layer
-        for leaf in ("weight", "bias"):
-            yield layer.c, leaf
-        for leaf in ("weight", "bias", "running_mean", "running_var"):
-            yield layer.bn, leaf
+def _sources(block: nn.Module) -> Iterator[Tensor]:
+    """Every tensor that a fold reads."""
+    for layer in _conv_layers(block):
+        conv, bn = layer.c, layer.bn
+        tensors = (conv.weight, conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var)
+        yield from (tensor for tensor in tensors if tensor is not None)
     for name in TABLES:
-        yield getattr(block, name), "pos_embed"
+        yield getattr(block, name).pos_embed
 
 
 def alteration(layer: nn.Module) -> str | None:
@@ -183,6 +185,31 @@ def alteration(layer: nn.Module) -> str | None:
         return "carries a backward hook"
     if "forward" in layer.__dict__:
         return "has a forward of its own"
+    return None
+
+
+def bypass_obstacle(block: nn.Module) -> str | None:
+    """Why an operator cannot stand in for proj.0, the sigmoid and the position tables, or None."""
+    if reason := _encode_obstacle(block.proj):
+        return f"proj {reason}"
+    if layers.activation_name(block.proj[0]) is None:
+        return f"proj.0 is {block.proj[0]}"
+    if type(block.sigmoid) is not layers.HSigmoid:
+        return f"sigmoid is {type(block.sigmoid).__name__}"
+    bypassed = {"proj": block.proj, "proj.0": block.proj[0], "sigmoid": block.sigmoid}
+    for name in TABLES:
+        bypassed[name] = getattr(block, name, None)
+        if type(bypassed[name]) is not layers.SqueezeAxialPositionalEmbedding:
+            return f"{name} is {type(bypassed[name]).__name__}"
+    for name, layer in bypassed.items():
+        if reason := alteration(layer):
+            return f"{name} {reason}"
+    return None
+
+
+def _encode_obstacle(layer: nn.Module | None) -> str | None:
+    if type(layer) is not nn.Sequential or len(layer) != 2:
+        return "is not an activation and a Conv2d_BN"
     return None
 
 
@@ -214,6 +241,8 @@ def obstacle(block: nn.Module) -> str | None:
     for name, layer in block.named_modules():
         if layer is not block and (reason := alteration(layer)):
             return f"{name} {reason}"
+    if reason := bypass_obstacle(block):
+        return reason
     keys = block.num_heads * block.key_dim
     channels, values = block.dim, block.dh
     projected = 2 * keys + values
@@ -231,8 +260,8 @@ def obstacle(block: nn.Module) -> str | None:
     for name, shape in shapes.items():
         layer = getattr(block, name, None)
         if name in _ENCODES:
-            if type(layer) is not nn.Sequential or len(layer) != 2:
-                return f"{name} is not an activation and a Conv2d_BN"
+            if reason := _encode_obstacle(layer):
+                return f"{name} {reason}"
             described.add(_description(layer[0]))
             layer = layer[1]
         if reason := _conv_bn_obstacle(layer, shape):
@@ -242,13 +271,9 @@ def obstacle(block: nn.Module) -> str | None:
     if len(described) > 1:
         return "its activations differ"
     for name in TABLES:
-        layer = getattr(block, name, None)
-        if type(layer) is not layers.SqueezeAxialPositionalEmbedding:
-            return f"{name} is {type(layer).__name__}"
-        if layer.pos_embed.shape[:2] != (1, keys):
-            return f"{name} has the shape {tuple(layer.pos_embed.shape)}"
-    if type(block.sigmoid) is not layers.HSigmoid:
-        return f"sigmoid is {type(block.sigmoid).__name__}"
+        table = getattr(block, name).pos_embed
+        if table.shape[:2] != (1, keys):
+            return f"{name} has the shape {tuple(table.shape)}"
     if block.scale != block.key_dim**-0.5:
         return f"scale is {block.scale}"
     return None
@@ -294,8 +319,7 @@ class _Watch:
         """Whether every tensor of a fold is watched: not so inference tensors, which have no
         version, and weights that are plain attributes, as in replicas."""
         watched = {id(tensor) for _, _, tensor, _ in self.versions}
-        tensors = (getattr(owner, name) for owner, name in _sources(block))
-        return all(tensor is None or id(tensor) in watched for tensor in tensors)
+        return all(id(tensor) in watched for tensor in _sources(block))
 
     def current(self) -> bool:
         if self.steps != _steps[0]:
@@ -345,10 +369,7 @@ class FoldCache:
                 return record[1]
         if obstacle(block) is not None:
             return None
-        if torch.is_grad_enabled() and any(
-            tensor is not None and tensor.requires_grad
-            for tensor in (getattr(owner, name) for owner, name in _sources(block))
-        ):
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in _sources(block)):
             return None
         if traced:
             return fold(block)

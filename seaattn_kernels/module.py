@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from seaattn_kernels import ops, reference
 from seaattn_kernels.checks import check_input
-from seaattn_kernels.fold import TABLES, FoldCache, alteration
+from seaattn_kernels.fold import TABLES, FoldCache, bypass_obstacle
 from seaattn_kernels.layers import (
     Conv2d_BN,
     HSigmoid,
@@ -146,8 +146,8 @@ class SeaAttention(nn.Module):
         return isinstance(x, Tensor) and x.requires_grad
 
     def _forward_layers(self, x: Tensor) -> Tensor:
-        """The submodules, with operators for those that :meth:`_bypass_obstacle` checks."""
-        if reason := self._bypass_obstacle():
+        """The submodules, with operators for those that :func:`fold.bypass_obstacle` checks."""
+        if reason := bypass_obstacle(self):
             if self.backend not in ("auto", "reference"):
                 raise RuntimeError(f"backend {self.backend!r} cannot run this block: {reason}")
             return reference.sea_attention(self, x)
@@ -165,24 +165,6 @@ class SeaAttention(nn.Module):
         mixed = ops.broadcast_add(v, row, column, activation, negative_slope, self.backend)
         detail = self.pwconv(self.act(self.dwconv(qkv)))
         return ops.gate(self.proj[1](mixed), detail, backend=self.backend)
-
-    def _bypass_obstacle(self) -> str | None:
-        """Why the operators cannot stand in for the submodules that are not called, or None."""
-        if type(self.proj) is not nn.Sequential or len(self.proj) != 2:
-            return "proj is not an activation and a Conv2d_BN"
-        if activation_name(self.proj[0]) is None:
-            return f"proj.0 is {self.proj[0]}"
-        bypassed = {"proj": self.proj, "proj.0": self.proj[0], "sigmoid": self.sigmoid}
-        if type(self.sigmoid) is not HSigmoid:
-            return f"sigmoid is {type(self.sigmoid).__name__}"
-        for name in TABLES:
-            bypassed[name] = getattr(self, name)
-            if type(bypassed[name]) is not SqueezeAxialPositionalEmbedding:
-                return f"{name} is {type(bypassed[name]).__name__}"
-        for name, layer in bypassed.items():
-            if reason := alteration(layer):
-                return f"{name} {reason}"
-        return None
 
     def _apply(self, *args, **kwargs) -> "SeaAttention":
         self._folds.drop()

@@ -106,12 +106,8 @@ def _fake_axial_squeeze_backward(row, column, channels_last):
     )
 
 
-def _is_channels_last(x: Tensor) -> bool:
-    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-
-
 def _setup_axial_squeeze(ctx, inputs, output):
-    ctx.channels_last = _is_channels_last(inputs[0])
+    ctx.channels_last = reference.is_channels_last(inputs[0])
 
 
 def _setup_nothing(ctx, inputs, output):
@@ -300,7 +296,8 @@ def axial_squeeze(x: Tensor, backend: str = "auto") -> tuple[Tensor, Tensor]:
     ``row[b,c,i] = mean_j x[b,c,i,j]``, ``column[b,c,j] = mean_i x[b,c,i,j]``.
 
     Args:
-        x: ``(B, C, H, W)``, any strides. Sums run in float32 at least (float64 on ``cpu``).
+        x: ``(B, C, H, W)``, any strides. Sums run in float32 at least; on ``cpu`` short runs do,
+            and their sums in float64.
         backend: see :data:`BACKENDS`.
 
     Returns:

@@ -38,12 +38,15 @@ def interpolate(table: Tensor, length: int) -> Tensor:
     return F.interpolate(table, size=length, mode="linear", align_corners=False)
 
 
+def is_channels_last(x: Tensor) -> bool:
+    """Whether a map is channels_last and not also contiguous, as a map of one pixel is."""
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
 def follow_layout(out: Tensor, x: Tensor) -> Tensor:
     """``out`` in channels_last where ``x`` is that and nothing else, contiguous otherwise."""
-    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return out.contiguous(
-        memory_format=torch.channels_last if channels_last else torch.contiguous_format
-    )
+    layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
+    return out.contiguous(memory_format=layout)
 
 
 def _widen(x: Tensor) -> Tensor:
