@@ -19,7 +19,7 @@ from bench.measure import (
     positive_argument,
 )
 from bench.plot import plot
-from seaattn_kernels.verify import SEEDS
+from seaattn_kernels.budget import SEEDS
 
 SCRATCH = Path("out/bench")
 LEGEND = (

@@ -20,7 +20,8 @@ from bench.measure import DTYPES, auto_backend, busy, device_argument, measure
 from bench.plot import plot
 from bench.timing import Measured, check_then_time
 from seaattn_kernels import seaformer
-from seaattn_kernels.verify import SEEDS, randomise
+from seaattn_kernels.budget import SEEDS
+from seaattn_kernels.verify import randomise
 
 SIDE = 512
 # Of ImageNet, as the official models were trained.

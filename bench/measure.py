@@ -12,7 +12,8 @@ from bench.eager import as_eager
 from bench.limit import limit_of
 from bench.timing import check_then_time
 from seaattn_kernels import SeaAttention, ops
-from seaattn_kernels.verify import SEEDS, randomise
+from seaattn_kernels.budget import SEEDS
+from seaattn_kernels.verify import randomise
 
 #: eager: upstream's forward. reference: folded PyTorch. auto: the best backend of the device.
 #: compile: eager under torch.compile, compiled anew for each shape.

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from seaattn_kernels.verify import Verdict, judge
+from seaattn_kernels.budget import Verdict, judge
 
 BLOCK_SECONDS = 0.005
 MOST_REPETITIONS = 1000

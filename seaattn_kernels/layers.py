@@ -15,6 +15,8 @@ _ACTIVATIONS = {
     nn.LeakyReLU: "leaky_relu",
     nn.SiLU: "silu",
 }
+#: The activations that the operators compute.
+ACTIVATIONS = tuple(_ACTIVATIONS.values())
 _NORMS = {"BN": nn.BatchNorm2d, "BN2d": nn.BatchNorm2d, "SyncBN": nn.SyncBatchNorm}
 
 

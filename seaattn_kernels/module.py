@@ -1,25 +1,76 @@
 """``SeaAttention``: upstream's module, on the operators of this package."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from numbers import Integral, Real
 
 import torch
 from torch import Tensor, nn
 
 from seaattn_kernels import ops, reference
+from seaattn_kernels.anatomy import Anatomy, Obstacle
 from seaattn_kernels.checks import check_input
-from seaattn_kernels.fold import TABLES, FoldCache, bypass_obstacle
+from seaattn_kernels.fold import FoldCache
 from seaattn_kernels.layers import (
     Conv2d_BN,
     HSigmoid,
     SqueezeAxialPositionalEmbedding,
-    activation_name,
     make_activation,
 )
 
 #: Length of the learned position tables.
 _POSITIONS = 16
+
+
+def run(
+    block: nn.Module,
+    x: Tensor,
+    folds: FoldCache,
+    backend: str,
+    eager: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """The forward of a block by the operators, or by ``eager`` where they cannot stand in.
+
+    In eval mode without gradients from folded weights, otherwise by the layers of the block and the
+    differentiable operators between them.
+    """
+    if ops.transformed() and backend in ("auto", "reference"):
+        return eager(x)
+    try:
+        if torch.is_grad_enabled() and _differentiates(block, x):
+            folds.drop_weights()
+        elif (folded := folds.get(block)) is not None:
+            return ops.sea_attention(x, folded, backend)
+        anatomy = folds.anatomy(block)
+    except Obstacle as reason:
+        if backend not in ("auto", "reference"):
+            message = f"backend {backend!r} cannot run this block: {reason}"
+            raise RuntimeError(message) from None
+        return eager(x)
+    check_input(x, anatomy.convolutions[0].conv.weight)
+    return reference.follow_layout(_forward_layers(anatomy, x, backend), x)
+
+
+def _differentiates(block: nn.Module, x: Tensor) -> bool:
+    if any(parameter.requires_grad for parameter in block.parameters()):
+        return True
+    return isinstance(x, Tensor) and x.requires_grad
+
+
+def _forward_layers(block: Anatomy, x: Tensor, backend: str) -> Tensor:
+    q, k, v = block.to_q(x), block.to_k(x), block.to_v(x)
+    qkv = torch.cat([q, k, v], dim=1)
+    row, column = ops.axial_squeeze(qkv, backend)
+    row, column = ops.axial_attention_pair(
+        row, column, block.tables, block.heads, block.key_dim, block.scale, backend
+    )
+    row = block.proj_encode_row(row[..., :, None])[..., 0]
+    column = block.proj_encode_column(column[..., None, :])[..., 0, :]
+    mixed = ops.broadcast_add(v, row, column, block.activation, block.negative_slope, backend)
+    for layer in block.proj_rest:
+        mixed = layer(mixed)
+    detail = block.pwconv(block.act(block.dwconv(qkv)))
+    return ops.gate(mixed, detail, block.hard, backend)
 
 
 class SeaAttention(nn.Module):
@@ -118,16 +169,11 @@ class SeaAttention(nn.Module):
         self._folds = FoldCache()
 
     def forward(self, x: Tensor) -> Tensor:
-        if ops.transformed() and self.backend in ("auto", "reference"):
-            return reference.sea_attention(self, x)
-        if torch.is_grad_enabled() and self._differentiates(x):
-            self._folds.drop()
-        elif (folded := self._folds.get(self)) is not None:
-            return ops.sea_attention(x, folded, self.backend)
-        weight = getattr(getattr(self.to_q, "c", None), "weight", None)
-        if isinstance(weight, Tensor):
-            check_input(x, weight)
-        return reference.follow_layout(self._forward_layers(x), x)
+        return run(self, x, self._folds, self.backend, self._forward_eager)
+
+    def _forward_eager(self, x: Tensor) -> Tensor:
+        out = reference.sea_attention(self, x)
+        return out if ops.transformed() else reference.follow_layout(out, x)
 
     def refold(self) -> None:
         """Forget the folded weights, after an update that they cannot see (see the class)."""
@@ -140,45 +186,14 @@ class SeaAttention(nn.Module):
     def extra_repr(self) -> str:
         return f"key_dim={self.key_dim}, num_heads={self.num_heads}, backend={self.backend!r}"
 
-    def _differentiates(self, x: Tensor) -> bool:
-        if any(parameter.requires_grad for parameter in self.parameters()):
-            return True
-        return isinstance(x, Tensor) and x.requires_grad
-
-    def _forward_layers(self, x: Tensor) -> Tensor:
-        """The submodules, with operators for those that :func:`fold.bypass_obstacle` checks."""
-        if reason := bypass_obstacle(self):
-            if self.backend not in ("auto", "reference"):
-                raise RuntimeError(f"backend {self.backend!r} cannot run this block: {reason}")
-            return reference.sea_attention(self, x)
-        activation = activation_name(self.proj[0])
-        negative_slope = getattr(self.proj[0], "negative_slope", 0.0)
-        tables = [getattr(self, name).pos_embed for name in TABLES]
-        q, k, v = self.to_q(x), self.to_k(x), self.to_v(x)
-        qkv = torch.cat([q, k, v], dim=1)
-        row, column = ops.axial_squeeze(qkv, self.backend)
-        row, column = ops.axial_attention_pair(
-            row, column, tables, self.num_heads, self.key_dim, self.scale, self.backend
-        )
-        row = self.proj_encode_row(row[..., :, None])[..., 0]
-        column = self.proj_encode_column(column[..., None, :])[..., 0, :]
-        mixed = ops.broadcast_add(v, row, column, activation, negative_slope, self.backend)
-        detail = self.pwconv(self.act(self.dwconv(qkv)))
-        return ops.gate(self.proj[1](mixed), detail, backend=self.backend)
-
     def _apply(self, *args, **kwargs) -> "SeaAttention":
         self._folds.drop()
         return super()._apply(*args, **kwargs)
 
-    def __getstate__(self) -> dict:
-        # Copies and pickles fold for themselves.
-        state = self.__dict__.copy()
-        state.pop("_folds")
-        return state
-
-    def __setstate__(self, state: dict) -> None:
-        super().__setstate__(state)
-        self._folds = FoldCache()
+    def __copy__(self) -> "SeaAttention":
+        twin = type(self).__new__(type(self))
+        twin.__setstate__({**self.__dict__, "_folds": FoldCache()})
+        return twin
 
     def _replicate_for_data_parallel(self) -> "SeaAttention":
         replica = super()._replicate_for_data_parallel()

@@ -23,7 +23,7 @@ from bench.measure import available, block_of, measure
 from bench.plot import plot
 from bench.timing import Timing, check_then_time, interleave, median_interval
 from seaattn_kernels import SeaAttention
-from seaattn_kernels.verify import SEEDS
+from seaattn_kernels.budget import SEEDS
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")

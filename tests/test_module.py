@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import seaattn_kernels
-from seaattn_kernels import SeaAttention, ops, reference, verify
+from seaattn_kernels import SeaAttention, budget, ops, reference, verify
 from seaattn_kernels.layers import make_activation, make_norm
 
 
@@ -163,7 +163,7 @@ def ten_steps(prepare, dtype):
     """
     autocast = torch.autocast("cpu", dtype=dtype, enabled=dtype is not torch.float32)
     results = ([], [], [])
-    for seed in verify.SEEDS:
+    for seed in budget.SEEDS:
         torch.manual_seed(seed)
         x, upstream = torch.randn(2, 2, 16, 9, 7)
         block = prepare()
@@ -187,7 +187,7 @@ def ten_steps(prepare, dtype):
 
 def assert_all_in_budget(results, dtype, names=None):
     for name in names or results[0][0]:
-        verdict = verify.judge(
+        verdict = budget.judge(
             *([result[name] for result in steps] for steps in results),
             dtype,
             gradient=name != "out",
@@ -214,7 +214,7 @@ def test_outputs_under_autocast_keep_the_budget(dtype, mode):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_folded_outputs_under_autocast_keep_the_budget(dtype):
     results = ([], [], [])
-    for seed in verify.SEEDS:
+    for seed in budget.SEEDS:
         torch.manual_seed(seed)
         x = torch.randn(2, 16, 9, 7)
         block = make().eval()
@@ -224,7 +224,7 @@ def test_folded_outputs_under_autocast_keep_the_budget(dtype):
                 results[1].append(reference.sea_attention(block, x))
             results[2].append(reference.sea_attention(block.double(), x.double()))
     assert results[0][0].dtype is dtype
-    verdict = verify.judge(*results, dtype)
+    verdict = budget.judge(*results, dtype)
     assert verdict.ok, str(verdict)
 
 

@@ -10,12 +10,15 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "seaattn_kernels"
 #: What each file may import of the package. Who is not listed imports nothing of it.
 DOWNWARD = {
-    "__init__": {"ops", "module"},
+    "__init__": {"ops", "module", "patch"},
     "__main__": {"", "native", "ops", "verify"},
-    "verify": {"ops", "reference", "seaformer", "module"},
+    "verify": {"budget", "ops", "reference", "seaformer", "module"},
     "seaformer": {"layers", "module"},
-    "module": {"checks", "ops", "fold", "layers", "reference"},
-    "fold": {"layers", "reference"},
+    "patch": {"anatomy", "budget", "fold", "module", "ops", "probe"},
+    "probe": {"anatomy", "budget", "fold", "module"},
+    "module": {"anatomy", "checks", "ops", "fold", "layers", "reference"},
+    "fold": {"anatomy", "reference"},
+    "anatomy": {"layers"},
     "ops": {"checks", "native", "reference"},
     "checks": {"reference"},
 }

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from seaattn_kernels import SeaAttention, fold, reference, verify
+from seaattn_kernels.anatomy import dissect
 
 DOUBLE = {"dtype": torch.float64}
 GOLDEN_BLOCKS = [
@@ -133,7 +134,7 @@ def test_block_equals_the_official_output(path, mode):
 
 
 def _folded(block, x):
-    folded = fold.fold(block)
+    folded = fold.fold(dissect(block))
     weights = folded.weights(x.dtype, x.shape[2], x.shape[3])
     return reference.sea_attention_folded(
         x,
