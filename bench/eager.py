@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from seaattn_kernels import SeaAttention, reference
 
 
-class EagerSeaAttention(SeaAttention):
-    """``SeaAttention`` that runs its submodules one by one and nothing of this package."""
+class EagerSeaAttention(nn.Module):
+    """The layers of ``SeaAttention`` run one by one: a block as people have it."""
 
     def forward(self, x: Tensor) -> Tensor:
         return reference.sea_attention(self, x)
@@ -20,4 +20,5 @@ def as_eager(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, SeaAttention):
             module.__class__ = EagerSeaAttention
+            del module._folds, module.backend
     return model

@@ -81,6 +81,20 @@ def info(as_json: bool) -> int:
     return 0
 
 
+def explain(source: str, trust: bool) -> int:
+    from seaattn_kernels import locate, patch
+
+    try:
+        located = locate.locate(source, trust)
+    except ValueError as error:
+        sys.exit(str(error))
+    for index, (what, found) in enumerate(located):
+        weights = not isinstance(found, torch.nn.Module)
+        report = locate.describe_weights(found) if weights else patch.explain(found)
+        print("\n" * bool(index) + what, report, sep="\n\n")
+    return 0
+
+
 def verify(golden: Path | None) -> int:
     from seaattn_kernels import verify as judge
 
@@ -107,6 +121,15 @@ def main(argv: list[str] | None = None) -> int:
     command = commands.add_parser("info", help="versions, devices, and what each backend can run")
     command.add_argument("--json", action="store_true", dest="as_json")
     command.set_defaults(function=info)
+
+    command = commands.add_parser(
+        "explain", help="which blocks of a model can run on this package, and why not the others"
+    )
+    command.add_argument(
+        "source", help="a file of torch.save, or an import path: package.module:model('s')"
+    )
+    command.add_argument("--trust", action="store_true", help="unpickle models: runs their code")
+    command.set_defaults(function=explain)
 
     command = commands.add_parser("verify", help="golden files and odd shapes on every backend")
     command.add_argument("--golden", type=Path, help="folder of the golden .npz files")

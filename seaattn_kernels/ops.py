@@ -252,32 +252,38 @@ def check_backend(backend: str) -> None:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
 
 
-def choose(operator: str, backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The backend that runs: the one asked for, or for "auto" the best that can.
+def settle(
+    operator: str, backend: str, device: torch.device, dtype: torch.dtype
+) -> tuple[str, str | None]:
+    """The backend that runs, and for "auto" why it is not the one that was preferred.
 
-    Raises ``RuntimeError`` with the reason where an explicit backend cannot run. "auto" warns once
-    a reason where it falls back to the reference.
+    Raises ``RuntimeError`` with the reason where an explicit backend cannot run.
     """
     check_backend(backend)
     if backend != "auto":
         if reason := refusal(operator, backend, device, dtype):
             raise RuntimeError(f"{operator}: {reason}")
-        return backend
+        return backend, None
     if _AUTO not in BACKENDS:
         raise ValueError(f"SEAATTN_BACKEND must be one of {BACKENDS}, got {_AUTO!r}")
     preferred = _AUTO
     if preferred == "auto":
         preferred = device.type if device.type in ("cpu", "cuda") else "reference"
         if operator not in OPERATORS[preferred]:
-            return "reference"
+            return "reference", None
     reason = refusal(operator, preferred, device, dtype)
-    if reason is None:
-        return preferred
-    quiet = dtype is torch.float64 or torch.compiler.is_compiling() or transformed()
-    if not quiet and reason not in _warned:
-        _warned.add(reason)
-        warnings.warn(f"seaattn_kernels uses plain PyTorch: {reason}", stacklevel=4)
-    return "reference"
+    return ("reference" if reason else preferred), reason
+
+
+def choose(operator: str, backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend that runs; "auto" warns once a reason where it falls back to the reference."""
+    chosen, reason = settle(operator, backend, device, dtype)
+    if reason is not None:
+        quiet = dtype is torch.float64 or torch.compiler.is_compiling() or transformed()
+        if not quiet and reason not in _warned:
+            _warned.add(reason)
+            warnings.warn(f"seaattn_kernels uses plain PyTorch: {reason}", stacklevel=4)
+    return chosen
 
 
 def _overload(operator: str, backend: str, x: Tensor) -> Callable:

@@ -196,7 +196,7 @@ class Backbone(nn.Module):
                 self.channels.append(channels)
             if index >= first:
                 at = index - first
-                rates = torch.linspace(0, _DROP_PATH, config.depths[at]).tolist()
+                rates = torch.linspace(0, _DROP_PATH, config.depths[at], device="cpu").tolist()
                 mlp_ratio, key_dim = config.mlp_ratios[at], config.key_dims[at]
                 blocks = [
                     Block(channels, key_dim, config.heads, mlp_ratio, rate, backend)
@@ -323,6 +323,40 @@ class LoadReport(NamedTuple):
     unexpected: list[str]
 
 
+def checkpoint_weights(checkpoint: Mapping) -> dict[str, Tensor]:
+    """The weights in the content of a checkpoint.
+
+    Those under ``state_dict_ema``, ``state_dict`` or ``model`` if there are any, without the
+    ``module.`` prefix of ``DataParallel``.
+    """
+    for key in _CHECKPOINT_KEYS:
+        if isinstance(checkpoint.get(key), Mapping):
+            checkpoint = checkpoint[key]
+            break
+    return {
+        key.removeprefix("module."): value
+        for key, value in checkpoint.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def recognise(weights: Mapping[str, Tensor]) -> str | None:
+    """The call that makes the model of these weights, such as ``seaformer('b', 1000)``, or None."""
+    for build, head in (
+        (seaformer, "linear.weight"),
+        (seaformer_segmenter, "decode_head.conv_seg.weight"),
+    ):
+        if head not in weights:
+            continue
+        classes = weights[head].shape[0]
+        for variant in CONFIGS:
+            with torch.device("meta"):
+                own = build(variant, classes).state_dict()
+            if all(key in weights and weights[key].shape == t.shape for key, t in own.items()):
+                return f"{build.__name__}({variant!r}, {classes})"
+    return None
+
+
 def load_checkpoint(model: nn.Module, checkpoint: str | Path | Mapping) -> LoadReport:
     """Load an official checkpoint into a model, or into its ``backbone``.
 
@@ -336,11 +370,7 @@ def load_checkpoint(model: nn.Module, checkpoint: str | Path | Mapping) -> LoadR
     source = checkpoint
     if not isinstance(checkpoint, Mapping):
         checkpoint = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    for key in _CHECKPOINT_KEYS:
-        if isinstance(checkpoint.get(key), Mapping):
-            checkpoint = checkpoint[key]
-            break
-    weights = {key.removeprefix("module."): value for key, value in checkpoint.items()}
+    weights = checkpoint_weights(checkpoint)
     own = model.state_dict()
     if not weights.keys() & own.keys():
         name = source if isinstance(source, (str, Path)) else "the checkpoint"

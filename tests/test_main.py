@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import eager_blocks
 import pytest
 import torch
 
@@ -31,6 +32,28 @@ def test_info_says_why_a_backend_is_missing(capsys, monkeypatch):
     monkeypatch.setattr(native, "REASON", "the library is broken")
     assert command.main(["info"]) == 0
     assert capsys.readouterr().out.count("the library is broken") == 2
+
+
+def test_explain(capsys, tmp_path):
+    assert command.main(["explain", "seaattn_kernels.seaformer:seaformer('t')"]) == 0
+    text = capsys.readouterr().out
+    assert "4 of them can run on seaattn_kernels" in text
+    assert "SeaAttention:" in text
+    assert "auto (a" in text
+    assert command.main(["explain", "torch.nn:Identity"]) == 0
+    assert "nothing to replace" in capsys.readouterr().out
+    model = eager_blocks.Model(eager_blocks.TrueSigmoid)
+    model.stages[1] = eager_blocks.Strided(16)
+    torch.save({"model": model, "ema": model}, tmp_path / "model.pt")
+    assert command.main(["explain", str(tmp_path / "model.pt"), "--trust"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("the model under 'model' in model.pt\n\nModel: 2 of its")
+    assert text.count("stride_conv") == 2
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    assert command.main(["explain", str(tmp_path / "weights.pt")]) == 0
+    assert "2 blocks have the weights" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="is no file"):
+        command.main(["explain", str(tmp_path / "nothing.pt")])
 
 
 @pytest.fixture

@@ -11,10 +11,11 @@ PACKAGE = Path(__file__).parents[1] / "seaattn_kernels"
 #: What each file may import of the package. Who is not listed imports nothing of it.
 DOWNWARD = {
     "__init__": {"ops", "module", "patch"},
-    "__main__": {"", "native", "ops", "verify"},
+    "__main__": {"", "locate", "native", "ops", "patch", "verify"},
+    "locate": {"seaformer"},
     "verify": {"budget", "ops", "reference", "seaformer", "module"},
     "seaformer": {"layers", "module"},
-    "patch": {"anatomy", "budget", "fold", "module", "ops", "probe"},
+    "patch": {"anatomy", "budget", "checks", "fold", "module", "ops", "probe"},
     "probe": {"anatomy", "budget", "fold", "module"},
     "module": {"anatomy", "checks", "ops", "fold", "layers", "reference"},
     "fold": {"anatomy", "reference"},

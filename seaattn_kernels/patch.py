@@ -1,0 +1,458 @@
+"""Swap the Sea_Attention blocks of a model for the operators of this package, and back."""
+
+import contextlib
+import copy
+import copyreg
+import dataclasses
+import inspect
+import itertools
+import sys
+import textwrap
+import types
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+
+from seaattn_kernels import ops, probe
+from seaattn_kernels.anatomy import Anatomy, Obstacle
+from seaattn_kernels.budget import Verdict
+from seaattn_kernels.checks import autocast_dtype
+from seaattn_kernels.fold import FoldCache, traced
+from seaattn_kernels.module import SeaAttention, run
+
+_RECORD = "_seaattn"
+_TRAINING_OPERATORS = ("axial_squeeze", "axial_attention_pair", "broadcast_add", "gate")
+
+
+# --- the report ------------------------------------------------------------------------------
+
+
+@dataclass
+class Row:
+    """What there is to say about one block of a model."""
+
+    name: str  # of the module within the model
+    kind: str  # its class
+    variant: str | None = None  # norm, activation, gate
+    shape: str | None = None  # C, heads, D, E
+    backend: str | None = None  # None where the block runs its own forward
+    reason: str | None = None  # why it does so, or why "auto" does not take the preferred backend
+    error: float | None = None  # in float64, relative
+    verdicts: dict[str, Verdict] = field(default_factory=dict)  # on the maps of real calls
+
+    def _cells(self) -> tuple[str, str, str]:
+        """As text: variant, shape, backend or reason."""
+        variant = f"{self.kind}: {self.variant}" if self.variant else self.kind
+        runs = f"seaattn_kernels: {self.backend}" if self.backend else "own forward"
+        return variant, self.shape or "-", f"{runs}: {self.reason}" if self.reason else runs
+
+
+class Report(dict[str, Row]):
+    """By name of the module, what became of each block that looks like Sea_Attention.
+
+    ``print(report)`` shows a table. A name maps to a :class:`Row`; its ``backend`` is None where
+    the block runs its own forward, and ``reason`` says why.
+    """
+
+    _HEAD = ("module", "variant", "shape", "runs on", "error")
+    _WIDTHS = (48, 19, 14, 28, 15)
+
+    def __init__(self, model: str, modules: int) -> None:
+        super().__init__()
+        self.model = model
+        self.modules = modules
+        self.swapped = False
+
+    def __str__(self) -> str:
+        if not self:
+            return (
+                f"{self.model}: none of its {self.modules} modules looks like Sea_Attention (with "
+                "layers to_q, to_k, to_v, proj_encode_row, pos_emb_rowq, ...): nothing to replace"
+            )
+        fused = sum(row.backend is not None for row in self.values())
+        verb = "run" if self.swapped else "can run"
+        lines = [
+            f"{self.model}: {len(self)} of its {self.modules} modules look like Sea_Attention, "
+            f"{fused} of them {verb} on seaattn_kernels",
+            "",
+        ]
+        # Blocks of which the same is to be said share their cells.
+        groups: dict[tuple[str, ...], list[Row]] = {}
+        for row in self.values():
+            groups.setdefault(row._cells(), []).append(row)
+        table = [[[title] for title in self._HEAD]]
+        for cells, rows in groups.items():
+            names = (textwrap.wrap(row.name or "(the model)", self._WIDTHS[0]) for row in rows)
+            table.append([list(itertools.chain(*names))])
+            for cell, width in zip((*cells, _error(rows)), self._WIDTHS[1:], strict=True):
+                table[-1].append(textwrap.wrap(cell, width, break_on_hyphens=False))
+        widths = [max(len(line) for row in table for line in row[i]) for i in range(5)]
+        for row in table:
+            for texts in itertools.zip_longest(*row, fillvalue=""):
+                cells = (f"{text:<{width}}" for text, width in zip(texts, widths, strict=True))
+                lines.append("  ".join(cells).rstrip())
+            lines.append("")
+        return "\n".join([*lines, *textwrap.wrap(self._legend(), 100)])
+
+    __repr__ = __str__
+
+    def _legend(self) -> str:
+        legend = "C: channels of the map; D, E: channels of a key and of a value in a head. "
+        if any(row.verdicts for row in self.values()):
+            return legend + (
+                "error: against float64 on the maps of real calls, root mean square, beside that "
+                "of the block's own forward."
+            )
+        return legend + (
+            "error: largest relative difference from the block's own forward and backward, in "
+            "float64 on a random copy."
+        )
+
+
+def _error(rows: list[Row]) -> str:
+    """The worst of some rows: of the calls that were compared, else of the probe."""
+    if verdicts := [verdict for row in rows for verdict in row.verdicts.values()]:
+        worst = max(verdicts, key=lambda verdict: verdict.rms)
+        return f"{worst.rms:.0e} (eager {worst.eager_rms:.0e})"
+    errors = [row.error for row in rows if row.error is not None]
+    return f"{max(errors):.0e}" if errors else "-"
+
+
+# --- recognition -----------------------------------------------------------------------------
+
+
+def _resembles(module: nn.Module) -> bool:
+    """Whether a report should mention a module: by its layers, or else by its class."""
+    names = [name for name, _ in module.named_children()]
+    squeezes = any(name.startswith(("proj_encode_", "pos_emb_")) for name in names)
+    called = type(module).__name__.lower().replace("_", "")
+    return {"to_q", "to_k", "to_v"} <= set(names) and (squeezes or "seaattention" in called)
+
+
+def _describe(row: Row, parts: Anatomy, hard: bool) -> None:
+    norms = sorted({type(norm).__name__ if norm else "no norm" for _, norm in parts.convolutions})
+    variant = ["+".join(norms), parts.activation, "h_sigmoid" if hard else "sigmoid"]
+    if parts.column == "col":
+        variant.append("*_col* keys")
+    row.variant = ", ".join(variant)
+    row.shape = f"C={parts.channels} heads={parts.heads} D={parts.key_dim} E={parts.value_dim}"
+
+
+def _check_forward(block: nn.Module) -> None:
+    """Raise :class:`Obstacle` where a block is not called as ``block(x)``, or not by its class."""
+    if isinstance(block, torch.jit.ScriptModule):
+        raise Obstacle("is a TorchScript module")
+    if "forward" in block.__dict__:
+        raise Obstacle("has a forward of its own in the instance")
+    parameters = list(inspect.signature(type(block).forward).parameters.values())[1:]
+    required = [
+        parameter.name
+        for parameter in parameters
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    ]
+    if len(required) != 1:
+        raise Obstacle(f"its forward takes ({', '.join(required)}), not one map")
+
+
+def _settle(row: Row, parts: Anatomy, backend: str) -> None:
+    """The backend of the whole block, on the device where it is."""
+    weight = parts.convolutions[0].conv.weight
+    device, dtype = weight.device, weight.dtype
+    if backend == "auto":
+        row.backend, row.reason = ops.settle("sea_attention", backend, device, dtype)
+        return
+    row.backend = backend
+    refused = ops.refusal("sea_attention", backend, device, dtype)
+    for operator in _TRAINING_OPERATORS:
+        if refused and (reason := ops.refusal(operator, backend, device, dtype)):
+            name = row.name or "the model"
+            raise RuntimeError(
+                f"backend {backend!r} can run {name} neither in eval mode nor in "
+                f"training: {refused}; {reason}"
+            )
+
+
+# --- the swapped class -----------------------------------------------------------------------
+
+
+class _Record:
+    """What a swapped block carries beside its own attributes."""
+
+    def __init__(self, row: Row, folds: FoldCache, backend: str, verify: bool = False) -> None:
+        self.row = row
+        self.folds = folds
+        self.backend = backend
+        self.verify = verify
+        self.verified: set[tuple] = set()
+
+    def copy(self) -> "_Record":
+        """For a copy of the block, which folds for itself and is not verified."""
+        row = dataclasses.replace(self.row, verdicts=dict(self.row.verdicts))
+        return _Record(row, copy.deepcopy(self.folds), self.backend)
+
+    def __deepcopy__(self, memo: dict) -> "_Record":
+        return self.copy()
+
+
+class Swapped:
+    """What a swapped block's class has before its own class.
+
+    Everything but ``forward`` stays what it was: parameters, buffers, ``state_dict``, hooks of the
+    block. Copies stay swapped; pickles hold the original class and open without this package.
+    """
+
+    #: None in what is made by calling the class, until it is swapped: it runs its own forward.
+    _seaattn: _Record | None = None
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        record = self._seaattn
+        if record is None or args or kwargs:
+            return super().forward(x, *args, **kwargs)
+        checkable = record.verify and not traced() and not ops.transformed()
+        if checkable and not _verified(self, x):
+            return self.forward(x)
+        return run(self, x, record.folds, record.backend, super().forward)
+
+    def refold(self) -> None:
+        """Forget the folded weights, after an update that they cannot see: see SeaAttention."""
+        if self._seaattn is not None:
+            self._seaattn.folds.drop()
+
+    def train(self, mode: bool = True) -> nn.Module:
+        self.refold()
+        return super().train(mode)
+
+    def _apply(self, *args, **kwargs) -> nn.Module:
+        self.refold()
+        return super()._apply(*args, **kwargs)
+
+    def _replicate_for_data_parallel(self) -> nn.Module:
+        replica = super()._replicate_for_data_parallel()
+        replica._seaattn = self._seaattn.copy()
+        return replica
+
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        rebuild, arguments, *rest = super().__reduce_ex__(protocol)
+        if rebuild is copyreg.__newobj__:
+            # Pickle insists on the class of the object there, and is to get another one.
+            rebuild, arguments = copyreg._reconstructor, (*arguments, object, None)
+        own, original = type(self), _original(type(self))
+        arguments = tuple(original if value is own else value for value in arguments)
+        if rest and isinstance(rest[0], dict):
+            rest[0] = {key: value for key, value in rest[0].items() if key != _RECORD}
+        return rebuild, arguments, *rest
+
+    def __deepcopy__(self, memo: dict) -> nn.Module:
+        if hasattr(super(), "__deepcopy__"):
+            twin = super().__deepcopy__(memo)
+        else:
+            twin = _rebuilt(self, lambda state: copy.deepcopy(state, memo), memo)
+        return _swap(twin, self._seaattn.copy())
+
+    def __copy__(self) -> nn.Module:
+        return _swap(_rebuilt(self, lambda state: state, {}), self._seaattn.copy())
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """``torch.jit.script`` compiles the original forward."""
+        twin = copy.copy(self)
+        _restore(twin)
+        return twin
+
+    def extra_repr(self) -> str:
+        own = super().extra_repr()
+        if self._seaattn is None:
+            return own
+        return ", ".join(filter(None, (own, f"backend={self._seaattn.backend!r}")))
+
+
+@cache
+def swapped_class(original: type[nn.Module]) -> type[nn.Module]:
+    """The class that a block of ``original`` gets: a subclass of it, importable from this file.
+
+    Raises:
+        Obstacle: where the class cannot have a subclass.
+    """
+    module = sys.modules[__name__]
+    name, number = f"Swapped_{original.__name__}", 1
+    while hasattr(module, name):
+        number += 1
+        name = f"Swapped_{original.__name__}_{number}"
+    body = {"__module__": __name__, "__doc__": original.__doc__}
+    try:
+        made = types.new_class(name, (Swapped, original), exec_body=lambda ns: ns.update(body))
+    except TypeError as error:
+        raise Obstacle(f"{original.__name__} cannot have a subclass: {error}") from error
+    setattr(module, name, made)
+    return made
+
+
+def _original(kind: type[nn.Module]) -> type[nn.Module]:
+    """The class that a block had before the swap, or has."""
+    order = kind.__mro__
+    return order[order.index(Swapped) + 1] if Swapped in order else kind
+
+
+def _swap(block: nn.Module, record: _Record) -> nn.Module:
+    if not isinstance(block, Swapped):
+        object.__setattr__(block, "__class__", swapped_class(type(block)))
+    block.__dict__[_RECORD] = record
+    return block
+
+
+def _restore(block: nn.Module) -> None:
+    object.__setattr__(block, "__class__", _original(type(block)))
+    block.__dict__.pop(_RECORD, None)
+
+
+def _rebuilt(block: nn.Module, copy_state: Callable, memo: dict) -> nn.Module:
+    """A copy of a swapped block in its original class."""
+    rebuild, arguments, *rest = block.__reduce_ex__(4)
+    twin = memo[id(block)] = rebuild(*arguments)
+    if rest and rest[0] is not None:
+        twin.__setstate__(copy_state(rest[0]))
+    return twin
+
+
+def _verified(block: nn.Module, x: Tensor) -> bool:
+    """Compare at the first call of each kind; a block that fails gets its own forward back."""
+    record = block._seaattn
+    gradients = torch.is_grad_enabled() and isinstance(x, Tensor)
+    gradients = gradients and (x.requires_grad or any(p.requires_grad for p in block.parameters()))
+    key = _kind_of_call(block, x, gradients)
+    if key is None or key in record.verified:
+        return True
+    record.verified.add(key)
+    plain = copy.deepcopy(block, probe.without_hooks(block))
+    _restore(plain)
+    verdicts = probe.compare(plain, x, record.folds, record.backend, gradients)
+    row = record.row
+    row.verdicts |= {f"{what} of {key}": verdict for what, verdict in verdicts.items()}
+    failed = [what for what, verdict in verdicts.items() if not verdict.ok]
+    if not failed:
+        return True
+    row.backend = None
+    row.reason = f"the {failed[0]} of {key} missed the error budget: {verdicts[failed[0]]}"
+    warnings.warn(f"{row.name or row.kind} runs its own forward again: {row.reason}", stacklevel=5)
+    _restore(block)
+    return False
+
+
+def _kind_of_call(block: nn.Module, x: Tensor, gradients: bool) -> str | None:
+    """Names the calls that one comparison stands for; None where none can be made."""
+    if not isinstance(x, Tensor) or x.dim() != 4 or x.numel() == 0:
+        return None
+    grouped = torch.distributed.is_available() and torch.distributed.is_initialized()
+    shared = any(isinstance(layer, nn.SyncBatchNorm) for layer in block.modules())
+    if grouped and shared and block.training:
+        return None  # statistics of all processes: one that compares would wait for the others
+    words = ["x".join(map(str, x.shape)), x.device.type, str(x.dtype).removeprefix("torch.")]
+    if (dtype := autocast_dtype(x.device)) is not None:
+        words.append(f"autocast {str(dtype).removeprefix('torch.')}")
+    words.append("training" if block.training else "eval")
+    if gradients != block.training:
+        words.append("with gradients" if gradients else "without gradients")
+    return " ".join(words)
+
+
+# --- public functions ------------------------------------------------------------------------
+
+
+def _survey(model: nn.Module, backend: str) -> tuple[Report, list[tuple[Row, probe.Probed]]]:
+    """The report on a model, and what is needed to swap those blocks that can be."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    modules = dict(model.named_modules())
+    report = Report(type(model).__name__, len(modules))
+    probed: list[tuple[Row, probe.Probed]] = []
+    for name, module in modules.items():
+        if isinstance(module, Swapped) and module._seaattn is not None:
+            report[name] = row = module._seaattn.copy().row
+            row.name = name
+        elif isinstance(module, SeaAttention):
+            report[name] = row = Row(name, type(module).__name__)
+            with contextlib.suppress(Obstacle):
+                parts = module._folds.anatomy(module)
+                _describe(row, parts, parts.hard)
+            row.backend = f"{module.backend} (a module of this package)"
+        elif _resembles(module):
+            report[name] = row = Row(name, type(module).__name__)
+            try:
+                _check_forward(module)
+                swapped_class(_original(type(module)))
+                found = probe.probe(module)
+            except Obstacle as reason:
+                row.reason = str(reason)
+                continue
+            row.error = found.error
+            _describe(row, found.anatomy, found.hard)
+            _settle(row, found.anatomy, backend)
+            probed.append((row, found))
+    return report, probed
+
+
+def replace_sea_attention(model: nn.Module, backend: str = "auto", verify: bool = False) -> Report:
+    """Let the Sea_Attention blocks of a model run on the operators of this package, in place.
+
+    Blocks are recognised by their layers, whatever their class is called: upstream's, and copies
+    with BatchNorm, SyncBatchNorm or biases, with ReLU, ReLU6, LeakyReLU or SiLU, with the hard or
+    the true sigmoid. Each is first compared with its own forward and backward in float64 on a
+    random copy. What differs, carries hooks or parametrizations inside, or holds layers of an
+    unknown class, stays as it is, and the report says why.
+
+    A block keeps its parameters, buffers, hooks and ``state_dict``; its class becomes a subclass of
+    its own class. Copies stay swapped. Pickles hold the original class: they open, and run the
+    original forward, without this package. Swapping again changes ``backend`` and ``verify`` only.
+
+    Args:
+        model: any module; blocks are looked for in all its submodules and in itself.
+        backend: see :data:`ops.BACKENDS`.
+        verify: at the first call of each shape, dtype and mode, hold the block to the error budget
+            on the very map, in training with gradients; a block that misses it gets its own forward
+            back, with a warning and the error in the report. Costs some thirty forwards of a block.
+
+    Returns:
+        The :class:`Report`, by name of the module; ``verify`` writes into it while the model runs.
+
+    Raises:
+        TypeError, ValueError: for a model that is no module, an unknown backend.
+        RuntimeError: where an explicit backend can run a block neither in eval mode nor in
+            training, with the reason; then nothing is swapped.
+    """
+    ops.check_backend(backend)
+    report, probed = _survey(model, backend)
+    report.swapped = True
+    for row, found in probed:
+        folds = FoldCache(found.anatomy.unproven, found.hard)
+        _swap(model.get_submodule(row.name), _Record(row, folds, backend, verify))
+    for name, row in report.items():
+        if (
+            isinstance(block := model.get_submodule(name), Swapped)
+            and block._seaattn.row is not row
+        ):
+            record = block._seaattn
+            _settle(row, record.folds.anatomy(block), backend)
+            block._seaattn = _Record(row, record.folds, backend, verify)
+    return report
+
+
+def restore_sea_attention(model: nn.Module) -> list[str]:
+    """Give every block that :func:`replace_sea_attention` swapped its own class back.
+
+    Returns:
+        The names of those blocks.
+    """
+    names = [name for name, module in model.named_modules() if isinstance(module, Swapped)]
+    for name in names:
+        _restore(model.get_submodule(name))
+    return names
+
+
+def explain(model: nn.Module) -> Report:
+    """What :func:`replace_sea_attention` would do to a model, which stays as it is."""
+    return _survey(model, "auto")[0]
