@@ -5,13 +5,10 @@ import copy
 import copyreg
 import dataclasses
 import inspect
-import itertools
 import sys
-import textwrap
 import types
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import cache
 
 import torch
@@ -20,107 +17,13 @@ from torch import Tensor, nn
 
 from seaattn_kernels import ops, probe
 from seaattn_kernels.anatomy import Anatomy, Obstacle
-from seaattn_kernels.budget import Verdict
 from seaattn_kernels.checks import autocast_dtype
 from seaattn_kernels.fold import FoldCache, traced
 from seaattn_kernels.module import SeaAttention, run
+from seaattn_kernels.report import Report, Row
 
 _RECORD = "_seaattn"
 _TRAINING_OPERATORS = ("axial_squeeze", "axial_attention_pair", "broadcast_add", "gate")
-
-
-# --- the report ------------------------------------------------------------------------------
-
-
-@dataclass
-class Row:
-    """What there is to say about one block of a model."""
-
-    name: str  # of the module within the model
-    kind: str  # its class
-    variant: str | None = None  # norm, activation, gate
-    shape: str | None = None  # C, heads, D, E
-    backend: str | None = None  # None where the block runs its own forward
-    reason: str | None = None  # why it does so, or why "auto" does not take the preferred backend
-    error: float | None = None  # in float64, relative
-    verdicts: dict[str, Verdict] = field(default_factory=dict)  # on the maps of real calls
-
-    def _cells(self) -> tuple[str, str, str]:
-        """As text: variant, shape, backend or reason."""
-        variant = f"{self.kind}: {self.variant}" if self.variant else self.kind
-        runs = f"seaattn_kernels: {self.backend}" if self.backend else "own forward"
-        return variant, self.shape or "-", f"{runs}: {self.reason}" if self.reason else runs
-
-
-class Report(dict[str, Row]):
-    """By name of the module, what became of each block that looks like Sea_Attention.
-
-    ``print(report)`` shows a table. A name maps to a :class:`Row`; its ``backend`` is None where
-    the block runs its own forward, and ``reason`` says why.
-    """
-
-    _HEAD = ("module", "variant", "shape", "runs on", "error")
-    _WIDTHS = (48, 19, 14, 28, 15)
-
-    def __init__(self, model: str, modules: int) -> None:
-        super().__init__()
-        self.model = model
-        self.modules = modules
-        self.swapped = False
-
-    def __str__(self) -> str:
-        if not self:
-            return (
-                f"{self.model}: none of its {self.modules} modules looks like Sea_Attention (with "
-                "layers to_q, to_k, to_v, proj_encode_row, pos_emb_rowq, ...): nothing to replace"
-            )
-        fused = sum(row.backend is not None for row in self.values())
-        verb = "run" if self.swapped else "can run"
-        lines = [
-            f"{self.model}: {len(self)} of its {self.modules} modules look like Sea_Attention, "
-            f"{fused} of them {verb} on seaattn_kernels",
-            "",
-        ]
-        # Blocks of which the same is to be said share their cells.
-        groups: dict[tuple[str, ...], list[Row]] = {}
-        for row in self.values():
-            groups.setdefault(row._cells(), []).append(row)
-        table = [[[title] for title in self._HEAD]]
-        for cells, rows in groups.items():
-            names = (textwrap.wrap(row.name or "(the model)", self._WIDTHS[0]) for row in rows)
-            table.append([list(itertools.chain(*names))])
-            for cell, width in zip((*cells, _error(rows)), self._WIDTHS[1:], strict=True):
-                table[-1].append(textwrap.wrap(cell, width, break_on_hyphens=False))
-        widths = [max(len(line) for row in table for line in row[i]) for i in range(5)]
-        for row in table:
-            for texts in itertools.zip_longest(*row, fillvalue=""):
-                cells = (f"{text:<{width}}" for text, width in zip(texts, widths, strict=True))
-                lines.append("  ".join(cells).rstrip())
-            lines.append("")
-        return "\n".join([*lines, *textwrap.wrap(self._legend(), 100)])
-
-    __repr__ = __str__
-
-    def _legend(self) -> str:
-        legend = "C: channels of the map; D, E: channels of a key and of a value in a head. "
-        if any(row.verdicts for row in self.values()):
-            return legend + (
-                "error: against float64 on the maps of real calls, root mean square, beside that "
-                "of the block's own forward."
-            )
-        return legend + (
-            "error: largest relative difference from the block's own forward and backward, in "
-            "float64 on a random copy."
-        )
-
-
-def _error(rows: list[Row]) -> str:
-    """The worst of some rows: of the calls that were compared, else of the probe."""
-    if verdicts := [verdict for row in rows for verdict in row.verdicts.values()]:
-        worst = max(verdicts, key=lambda verdict: verdict.rms)
-        return f"{worst.rms:.0e} (eager {worst.eager_rms:.0e})"
-    errors = [row.error for row in rows if row.error is not None]
-    return f"{max(errors):.0e}" if errors else "-"
 
 
 # --- recognition -----------------------------------------------------------------------------
@@ -149,7 +52,7 @@ def _check_forward(block: nn.Module) -> None:
         raise Obstacle("is a TorchScript module")
     if "forward" in block.__dict__:
         raise Obstacle("has a forward of its own in the instance")
-    parameters = list(inspect.signature(type(block).forward).parameters.values())[1:]
+    parameters = list(inspect.signature(_original(type(block)).forward).parameters.values())[1:]
     required = [
         parameter.name
         for parameter in parameters
@@ -167,7 +70,7 @@ def _settle(row: Row, parts: Anatomy, backend: str) -> None:
     if backend == "auto":
         row.backend, row.reason = ops.settle("sea_attention", backend, device, dtype)
         return
-    row.backend = backend
+    row.backend, row.reason = backend, None
     refused = ops.refusal("sea_attention", backend, device, dtype)
     for operator in _TRAINING_OPERATORS:
         if refused and (reason := ops.refusal(operator, backend, device, dtype)):
@@ -210,10 +113,11 @@ class Swapped:
     #: None in what is made by calling the class, until it is swapped: it runs its own forward.
     _seaattn: _Record | None = None
 
-    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+    def forward(self, *args, **kwargs) -> Tensor:
         record = self._seaattn
-        if record is None or args or kwargs:
-            return super().forward(x, *args, **kwargs)
+        if record is None or len(args) != 1 or kwargs:
+            return super().forward(*args, **kwargs)
+        (x,) = args
         checkable = record.verify and not traced() and not ops.transformed()
         if checkable and not _verified(self, x):
             return self.forward(x)
@@ -233,9 +137,7 @@ class Swapped:
         return super()._apply(*args, **kwargs)
 
     def _replicate_for_data_parallel(self) -> nn.Module:
-        replica = super()._replicate_for_data_parallel()
-        replica._seaattn = self._seaattn.copy()
-        return replica
+        return _swap(super()._replicate_for_data_parallel(), _copied(self._seaattn))
 
     def __reduce_ex__(self, protocol: int) -> tuple:
         rebuild, arguments, *rest = super().__reduce_ex__(protocol)
@@ -253,10 +155,10 @@ class Swapped:
             twin = super().__deepcopy__(memo)
         else:
             twin = _rebuilt(self, lambda state: copy.deepcopy(state, memo), memo)
-        return _swap(twin, self._seaattn.copy())
+        return _swap(twin, _copied(self._seaattn))
 
     def __copy__(self) -> nn.Module:
-        return _swap(_rebuilt(self, lambda state: state, {}), self._seaattn.copy())
+        return _swap(_rebuilt(self, lambda state: state, {}), _copied(self._seaattn))
 
     def __prepare_scriptable__(self) -> nn.Module:
         """``torch.jit.script`` compiles the original forward."""
@@ -298,11 +200,17 @@ def _original(kind: type[nn.Module]) -> type[nn.Module]:
     return order[order.index(Swapped) + 1] if Swapped in order else kind
 
 
-def _swap(block: nn.Module, record: _Record) -> nn.Module:
+def _swap(block: nn.Module, record: _Record | None) -> nn.Module:
+    """Give a block the swapped class, and its record."""
     if not isinstance(block, Swapped):
         object.__setattr__(block, "__class__", swapped_class(type(block)))
-    block.__dict__[_RECORD] = record
+    if record is not None:
+        block.__dict__[_RECORD] = record
     return block
+
+
+def _copied(record: _Record | None) -> _Record | None:
+    return None if record is None else record.copy()
 
 
 def _restore(block: nn.Module) -> None:
@@ -363,8 +271,11 @@ def _kind_of_call(block: nn.Module, x: Tensor, gradients: bool) -> str | None:
 # --- public functions ------------------------------------------------------------------------
 
 
-def _survey(model: nn.Module, backend: str) -> tuple[Report, list[tuple[Row, probe.Probed]]]:
-    """The report on a model, and what is needed to swap those blocks that can be."""
+def _survey(model: nn.Module, backend: str | None) -> tuple[Report, list[tuple[Row, probe.Probed]]]:
+    """The report on a model, and what is needed to swap those blocks that can be.
+
+    ``backend`` is that of all blocks; None for "auto", and what swapped ones have.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     modules = dict(model.named_modules())
@@ -372,8 +283,15 @@ def _survey(model: nn.Module, backend: str) -> tuple[Report, list[tuple[Row, pro
     probed: list[tuple[Row, probe.Probed]] = []
     for name, module in modules.items():
         if isinstance(module, Swapped) and module._seaattn is not None:
-            report[name] = row = module._seaattn.copy().row
+            record = module._seaattn.copy()
+            report[name] = row = record.row
             row.name = name
+            try:
+                parts = record.folds.anatomy(module)
+                _describe(row, parts, parts.hard)
+                _settle(row, parts, backend or record.backend)
+            except Obstacle as reason:
+                row.backend, row.reason = None, str(reason)
         elif isinstance(module, SeaAttention):
             report[name] = row = Row(name, type(module).__name__)
             with contextlib.suppress(Obstacle):
@@ -381,7 +299,7 @@ def _survey(model: nn.Module, backend: str) -> tuple[Report, list[tuple[Row, pro
                 _describe(row, parts, parts.hard)
             row.backend = f"{module.backend} (a module of this package)"
         elif _resembles(module):
-            report[name] = row = Row(name, type(module).__name__)
+            report[name] = row = Row(name, _original(type(module)).__name__)
             try:
                 _check_forward(module)
                 swapped_class(_original(type(module)))
@@ -391,7 +309,7 @@ def _survey(model: nn.Module, backend: str) -> tuple[Report, list[tuple[Row, pro
                 continue
             row.error = found.error
             _describe(row, found.anatomy, found.hard)
-            _settle(row, found.anatomy, backend)
+            _settle(row, found.anatomy, backend or "auto")
             probed.append((row, found))
     return report, probed
 
@@ -427,17 +345,13 @@ def replace_sea_attention(model: nn.Module, backend: str = "auto", verify: bool 
     ops.check_backend(backend)
     report, probed = _survey(model, backend)
     report.swapped = True
+    for name in report:
+        block = model.get_submodule(name)
+        if isinstance(block, Swapped) and block._seaattn is not None:
+            block._seaattn = _Record(report[name], block._seaattn.folds, backend, verify)
     for row, found in probed:
         folds = FoldCache(found.anatomy.unproven, found.hard)
         _swap(model.get_submodule(row.name), _Record(row, folds, backend, verify))
-    for name, row in report.items():
-        if (
-            isinstance(block := model.get_submodule(name), Swapped)
-            and block._seaattn.row is not row
-        ):
-            record = block._seaattn
-            _settle(row, record.folds.anatomy(block), backend)
-            block._seaattn = _Record(row, record.folds, backend, verify)
     return report
 
 
@@ -446,13 +360,21 @@ def restore_sea_attention(model: nn.Module) -> list[str]:
 
     Returns:
         The names of those blocks.
+
+    Raises:
+        RuntimeError: where somebody else changed the class of a block after the swap.
     """
-    names = [name for name, module in model.named_modules() if isinstance(module, Swapped)]
-    for name in names:
-        _restore(model.get_submodule(name))
-    return names
+    swapped = {name: m for name, m in model.named_modules() if isinstance(m, Swapped)}
+    for name, block in swapped.items():
+        if type(block) is not swapped_class(_original(type(block))):
+            raise RuntimeError(
+                f"{name or 'the model'} became a {type(block).__name__} after the swap: undo that"
+            )
+    for block in swapped.values():
+        _restore(block)
+    return list(swapped)
 
 
 def explain(model: nn.Module) -> Report:
     """What :func:`replace_sea_attention` would do to a model, which stays as it is."""
-    return _survey(model, "auto")[0]
+    return _survey(model, None)[0]

@@ -15,11 +15,12 @@ DOWNWARD = {
     "locate": {"seaformer"},
     "verify": {"budget", "ops", "reference", "seaformer", "module"},
     "seaformer": {"layers", "module"},
-    "patch": {"anatomy", "budget", "checks", "fold", "module", "ops", "probe"},
+    "patch": {"anatomy", "checks", "fold", "module", "ops", "probe", "report"},
     "probe": {"anatomy", "budget", "fold", "module"},
     "module": {"anatomy", "checks", "ops", "fold", "layers", "reference"},
     "fold": {"anatomy", "reference"},
     "anatomy": {"layers"},
+    "report": {"budget"},
     "ops": {"checks", "native", "reference"},
     "checks": {"reference"},
 }

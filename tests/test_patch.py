@@ -424,6 +424,17 @@ def test_swapping_twice_is_swapping_once():
     assert [type(block) for block in model.stages] == [eager.Sea_Attention] * 2
 
 
+def test_a_class_that_somebody_else_changed_after_the_swap_is_not_undone():
+    model = make()
+    replace_sea_attention(model)
+    block = model.stages[1]
+    block.__class__ = type("Sharded", (type(block),), {})
+    with pytest.raises(RuntimeError, match=r"stages.1 became a Sharded after the swap"):
+        restore_sea_attention(model)
+    assert all_swapped(model)
+    torch.testing.assert_close(evaluated(model), evaluated(make()), rtol=0, atol=1e-11)
+
+
 def test_a_block_alone_and_a_block_used_twice():
     block = verify.randomise(eager.Sea_Attention(16).double()).eval()
     assert list(replace_sea_attention(block)) == [""]
@@ -551,7 +562,7 @@ def test_more_arguments_run_the_own_forward():
         torch.testing.assert_close(ours(x), theirs(x), rtol=0, atol=1e-11)
         assert torch.equal(ours(x, 2.0), theirs(x, 2.0))
         assert torch.equal(ours(x, factor=3.0), theirs(x, factor=3.0))
-        torch.testing.assert_close(ours(x=x), theirs(x), rtol=0, atol=1e-11)
+        assert torch.equal(ours(x=x), theirs(x))
 
 
 # --- weights that change ---------------------------------------------------------------------
@@ -827,42 +838,6 @@ def test_verification_happens_once_a_kind_of_call_and_moves_nothing():
     twin = copy.deepcopy(ours)
     evaluated(twin, X[:, :, :9].float())
     assert len(report["stages.0"].verdicts) == 4
-
-
-# --- the report ------------------------------------------------------------------------------
-
-
-def test_report_is_a_table_and_data():
-    model = make(eager.ShortKeys)
-    model.stages[1] = eager.Strided(16)
-    report = explain(model)
-    text = str(report)
-    assert text == repr(report)
-    lines = text.splitlines()
-    assert lines[0] == (
-        "Model: 2 of its 66 modules look like Sea_Attention, 1 of them can run on seaattn_kernels"
-    )
-    assert lines[2].split() == ["module", "variant", "shape", "runs", "on", "error"]
-    assert max(map(len, lines)) <= 130
-    row = report["stages.0"]
-    assert (row.kind, row.variant) == ("ShortKeys", "no norm, relu, sigmoid, *_col* keys")
-    assert row.shape == "C=16 heads=2 D=4 E=8"
-    assert 0 < row.error < 1e-9
-    assert row.reason is None
-    assert report["stages.1"].reason == "has a layer that Sea_Attention has not: stride_conv"
-
-
-def test_report_of_a_model_without_blocks():
-    text = str(explain(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())))
-    assert text.startswith("Sequential: none of its 3 modules looks like Sea_Attention")
-    assert "nothing to replace" in text
-
-
-def test_report_of_blocks_that_share_their_cells():
-    text = str(explain(make()))
-    assert text.count("BatchNorm2d") == 1
-    assert "stages.0" in text
-    assert "stages.1" in text
 
 
 def test_report_says_why_auto_falls_back(monkeypatch):
