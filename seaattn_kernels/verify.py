@@ -166,11 +166,13 @@ class BlockCase(NamedTuple):
     heads: int
     attn_ratio: float
     activation: str
+    hard: bool = True  # the gate
 
     def __str__(self) -> str:
         return (
             f"{self.batch}x{self.channels}x{self.height}x{self.width} "
             f"D={self.key_dim} heads={self.heads} ratio={self.attn_ratio} {self.activation}"
+            f"{'' if self.hard else ' sigmoid'}"
         )
 
 
@@ -182,6 +184,7 @@ BLOCK_CASES = (
     BlockCase(1, 40, 100, 3, 20, 2, 1, "leaky_relu"),
     BlockCase(3, 33, 19, 23, 24, 4, 2, "relu6"),
     BlockCase(1, 16, 75, 100, 16, 2, 2, "relu6"),
+    BlockCase(2, 12, 16, 17, 4, 2, 2, "identity", hard=False),
 )
 
 
@@ -192,6 +195,8 @@ def block_verdict(
     block = SeaAttention(
         case.channels, case.key_dim, case.heads, case.attn_ratio, case.activation, backend=backend
     )
+    if not case.hard:
+        block.sigmoid = nn.Sigmoid()
     block = randomise(block).to(device, dtype).eval()
     exact = copy.deepcopy(block).double()
     results: list[tuple[Tensor, Tensor, Tensor]] = []
