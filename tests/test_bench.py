@@ -24,6 +24,7 @@ from bench.plot import plot
 from bench.timing import Timing, check_then_time, interleave, median_interval
 from seaattn_kernels import SeaAttention
 from seaattn_kernels.budget import SEEDS
+from seaattn_kernels.patch import Swapped
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -408,7 +409,7 @@ def test_the_demo_fails_where_the_model_is_wrong(tmp_path, capsys, monkeypatch):
         for block in model.modules():
             if isinstance(block, SeaAttention):
                 block.register_forward_hook(
-                    lambda module, _, out: out if type(module) is not SeaAttention else 1.001 * out
+                    lambda module, _, out: 1.001 * out if isinstance(module, Swapped) else out
                 )
         return model
 
@@ -437,7 +438,8 @@ def test_the_demo_takes_a_checkpoint_and_a_photograph(tmp_path, capsys, monkeypa
     assert demo.run(*arguments, out=tmp_path, quick=True) == 0
     text = capsys.readouterr().out
     assert "weights of weights.pth (0 keys missing, 0 unexpected), picture.png at 512x512" in text
-    assert "random" not in text
+    assert "random weights" not in text
+    assert "4 of them run on seaattn_kernels" in text
 
 
 @pytest.mark.parametrize("argument", ["checkpoint", "image"])
