@@ -164,6 +164,36 @@ def dissect(
     )
 
 
+def facts(block: nn.Module, kinds: Iterable[type]) -> dict[str, object]:
+    """What else the forward of a block may depend on, and a watch can compare.
+
+    The forwards of the classes ``kinds``, and the plain attributes (numbers, strings, tuples) of
+    the block and of its layers of these classes.
+    """
+    kinds = frozenset(kinds)
+    found: dict[str, object] = {f"{kind.__name__}.forward": kind.forward for kind in kinds}
+    for name, layer in block.named_modules():
+        if layer is block or type(layer) in kinds:
+            attributes = plain_attributes(layer)
+            found |= {f"{name}.{key}" if name else key: t for key, t in attributes.items()}
+    return found
+
+
+def plain_attributes(layer: nn.Module) -> dict[str, object]:
+    """The attributes of a layer that are numbers, strings, None or tuples of those."""
+    plain = (bool, int, float, str, type(None))
+    return {
+        name: value
+        for name, value in vars(layer).items()
+        if not name.startswith("_")
+        and name != "training"
+        and (
+            isinstance(value, plain)
+            or (isinstance(value, tuple) and all(isinstance(item, plain) for item in value))
+        )
+    }
+
+
 def _name(block: nn.Module, role: str) -> str:
     """The attribute that plays a role: its own name, or the shorter one of some copies."""
     short = role.replace("column", "col")

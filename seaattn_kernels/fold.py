@@ -1,12 +1,13 @@
 """Convolution + BatchNorm -> the folded weights of a block, and when they are stale.
 
-Folding happens in float32 (float64 for a float64 block): with ``s = gamma / sqrt(var + eps)``,
-``weight' = s * weight`` and ``bias' = beta - s * mean``. Weights are cast once to each dtype that
-is asked for; biases and position tables are not.
+With ``s = gamma / sqrt(var + eps)``, ``weight' = s * weight`` and ``bias' = beta - s * mean``, in
+float64 where the device has it, rounded once to float32 (not for a float64 block). Weights are cast
+once more to each dtype that is asked for; biases and position tables are not.
 """
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,16 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from seaattn_kernels import reference
-from seaattn_kernels.anatomy import NORMS, OWN, Anatomy, ConvNorm, dissect
+from seaattn_kernels.anatomy import (
+    NORMS,
+    OWN,
+    Anatomy,
+    ConvNorm,
+    Obstacle,
+    dissect,
+    facts,
+    plain_attributes,
+)
 
 #: How many map sizes keep their interpolated position tables.
 MAP_SIZES = 64
@@ -79,7 +89,7 @@ class FoldedWeights:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the folding: float32, or float64."""
+        """Of the folded tensors: float32, or float64."""
         return self.convolutions[0].dtype
 
     @property
@@ -108,9 +118,8 @@ class FoldedWeights:
 
     def _cast(self, dtype: torch.dtype) -> list[Tensor]:
         tensors = [t if t.dim() == 1 else t.to(dtype) for t in self.convolutions]
-        # Not every accelerator has float64.
-        wider = torch.float64 if self.device.type in ("cpu", "cuda") else torch.float32
-        axis_weight = self.convolutions[0].to(wider if dtype.itemsize >= 4 else self.dtype)
+        wider = _widest(self.device) if dtype.itemsize >= 4 else self.dtype
+        axis_weight = self.convolutions[0].to(wider)
         return [*tensors, axis_weight]
 
     def _position(self, height: int, width: int) -> Tensor:
@@ -120,20 +129,26 @@ class FoldedWeights:
         return torch.cat([row, column], dim=2)[0]
 
 
+def _widest(device: torch.device) -> torch.dtype:
+    """Not every accelerator has float64."""
+    return torch.float64 if device.type in ("cpu", "cuda") else torch.float32
+
+
 def _fold_layer(layer: ConvNorm) -> tuple[Tensor, Tensor]:
     conv, norm = layer
-    wide = torch.float64 if conv.weight.dtype is torch.float64 else torch.float32
+    wide = _widest(conv.weight.device)
     weight = conv.weight.to(wide)
     bias = weight.new_zeros(weight.shape[0]) if conv.bias is None else conv.bias.to(wide)
-    if norm is None:
-        return weight, bias
-    scale = (norm.running_var.to(wide) + norm.eps).rsqrt()
-    if norm.weight is not None:
-        scale = scale * norm.weight.to(wide)
-    bias = scale * (bias - norm.running_mean.to(wide))
-    if norm.bias is not None:
-        bias = bias + norm.bias.to(wide)
-    return weight * scale[:, None, None, None], bias
+    if norm is not None:
+        scale = (norm.running_var.to(wide) + norm.eps).rsqrt()
+        if norm.weight is not None:
+            scale = scale * norm.weight.to(wide)
+        weight = weight * scale[:, None, None, None]
+        bias = scale * (bias - norm.running_mean.to(wide))
+        if norm.bias is not None:
+            bias = bias + norm.bias.to(wide)
+    kept = torch.promote_types(conv.weight.dtype, torch.float32)
+    return weight.to(kept), bias.to(kept)
 
 
 def fold(anatomy: Anatomy) -> FoldedWeights:
@@ -182,31 +197,60 @@ def _sources(anatomy: Anatomy) -> Iterator[Tensor]:
     yield from anatomy.tables
 
 
+#: What a fold takes from a convolution beside its tensors.
+_geometry = itemgetter("stride", "padding", "dilation", "groups", "padding_mode")
+
+
 class _StructureWatch:
     """Everything that an anatomy was read from, so that a change is seen in microseconds."""
 
-    def __init__(self, block: nn.Module) -> None:
+    def __init__(
+        self, block: nn.Module, trusted: frozenset[type], facts: dict[str, object] | None
+    ) -> None:
+        self.block = block
+        self.own_children = block._modules
+        self.layers = tuple(block.modules())
+        self.kinds = tuple(map(type, self.layers))
         self.children: list[tuple[dict, tuple[nn.Module, ...]]] = []
         self.scalars: list[tuple[dict, str, object]] = []
+        self.geometries: list[tuple[dict, tuple]] = []
         self.attributes: list[dict] = []
         self.hooks: list[dict] = []
-        for layer in block.modules():
+        for layer in self.layers:
             if layer._modules:
                 self.children.append((layer._modules, tuple(layer._modules.values())))
             for name in ("scale", "num_heads", "negative_slope", "min_val", "max_val"):
                 if name in layer.__dict__:
                     self.scalars.append((layer.__dict__, name, layer.__dict__[name]))
+            if isinstance(layer, nn.Conv2d) and layer.kernel_size != (1, 1):
+                self.geometries.append((layer.__dict__, _geometry(layer.__dict__)))
             if layer is not block:
                 self.attributes.append(layer.__dict__)
                 self.hooks += [layer._forward_hooks, layer._forward_pre_hooks]
                 self.hooks += [layer._backward_hooks, layer._backward_pre_hooks]
+        self.forwards = [(kind, kind.forward) for kind in trusted]
+        for layer in () if facts is None else self.layers:
+            if layer is block or type(layer) in trusted:
+                attributes = plain_attributes(layer).items()
+                self.scalars += [(layer.__dict__, name, value) for name, value in attributes]
 
-    def current(self) -> bool:
+    def current(self, block: nn.Module) -> bool:
+        # The first line tells a block that was copied by its attributes, cache and all.
+        if block is not self.block or block._modules is not self.own_children:
+            return False
+        if tuple(map(type, self.layers)) != self.kinds:
+            return False
         for table, children in self.children:
             if tuple(table.values()) != children:
                 return False
         for attributes, name, value in self.scalars:
             if attributes.get(name) != value:
+                return False
+        for attributes, geometry in self.geometries:
+            if _geometry(attributes) != geometry:
+                return False
+        for kind, forward in self.forwards:
+            if kind.forward is not forward:
                 return False
         for attributes in self.attributes:
             if "forward" in attributes:
@@ -221,7 +265,7 @@ class _WeightWatch:
         self.steps = _steps[0]
         self.versions: list[tuple[dict, str, Tensor, int]] = []
         self.absent: list[tuple[dict, str]] = []
-        self.norms: list[tuple[nn.Module, float]] = []
+        self.norms: list[tuple[dict, float]] = []
         for layer in block.modules():
             for table in (layer._parameters, layer._buffers):
                 for key, tensor in table.items():
@@ -232,7 +276,7 @@ class _WeightWatch:
                     elif not tensor.is_inference():
                         self.versions.append((table, key, tensor, tensor._version))
             if isinstance(layer, NORMS):
-                self.norms.append((layer, layer.eps))
+                self.norms.append((layer.__dict__, layer.eps))
 
     def complete(self, anatomy: Anatomy) -> bool:
         """Whether every tensor of a fold is watched: not so inference tensors, which have no
@@ -249,7 +293,10 @@ class _WeightWatch:
         for table, key in self.absent:
             if table.get(key) is not None:
                 return False
-        return not any(norm.training or norm.eps != eps for norm, eps in self.norms)
+        for attributes, eps in self.norms:
+            if attributes["training"] or attributes["eps"] != eps:
+                return False
+        return True
 
 
 class FoldCache:
@@ -263,12 +310,20 @@ class FoldCache:
     version: a block of them folds in every call. Not seen: writes through ``.data``, collectives of
     ``torch.distributed`` on a parameter, and fused updates outside ``torch.optim``.
 
-    ``trusted`` and ``hard`` are those of :func:`anatomy.dissect`. A copy starts empty.
+    ``trusted`` and ``hard`` are those of :func:`anatomy.dissect`, ``facts`` those of
+    :func:`anatomy.facts`, which must hold still: None where there is nothing but the structure. A
+    copy starts empty.
     """
 
-    def __init__(self, trusted: Iterable[type] = OWN, hard: bool | None = None) -> None:
+    def __init__(
+        self,
+        trusted: Iterable[type] = OWN,
+        hard: bool | None = None,
+        facts: dict[str, object] | None = None,
+    ) -> None:
         self.trusted = frozenset(trusted)
         self.hard = hard
+        self.facts = facts
         self._anatomy: tuple[_StructureWatch, Anatomy] | None = None
         self._record: tuple[_WeightWatch, FoldedWeights] | None = None
 
@@ -276,13 +331,22 @@ class FoldCache:
         """The parts of the block as it is now. Raises :class:`Obstacle`."""
         # A compiler that saw the record would compile anew for each one.
         if traced():
-            return dissect(block, self.trusted, self.hard)
+            return self._dissect(block)
         known = self._anatomy
-        if known is None or not known[0].current():
+        if known is None or not known[0].current(block):
             self._record = None
-            known = _StructureWatch(block), dissect(block, self.trusted, self.hard)
+            known = _StructureWatch(block, self.trusted, self.facts), self._dissect(block)
             self._anatomy = known
         return known[1]
+
+    def _dissect(self, block: nn.Module) -> Anatomy:
+        anatomy = dissect(block, self.trusted, self.hard)
+        if self.facts is not None:
+            now = facts(block, self.trusted)
+            changed = [name for name, value in self.facts.items() if now.get(name) != value]
+            if changed:
+                raise Obstacle(f"changed after it was compared: {', '.join(changed)}")
+        return anatomy
 
     def get(self, block: nn.Module) -> FoldedWeights | None:
         """The folded weights, or None where :func:`obstacle` or a gradient is in the way.
@@ -315,4 +379,4 @@ class FoldCache:
         self._record = None
 
     def __reduce__(self) -> tuple:
-        return FoldCache, (self.trusted, self.hard)
+        return FoldCache, (self.trusted, self.hard, self.facts)

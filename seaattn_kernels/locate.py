@@ -69,7 +69,7 @@ def _imported(name: str) -> Located:
         raise ValueError(f"{name} is neither a file nor package.module:attribute")
     try:
         found = pkgutil.resolve_name(matched[1])
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:
         raise ValueError(f"{name} is no file, and cannot be imported: {error}") from error
     if not isinstance(found, nn.Module):
         if not callable(found):
@@ -87,6 +87,8 @@ def _imported(name: str) -> Located:
 def _arguments(call: str) -> tuple[list, dict]:
     try:
         node = ast.parse(f"f{call}", mode="eval").body
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
+            raise ValueError("more than one call")
         positional = [ast.literal_eval(value) for value in node.args]
         named = {word.arg: ast.literal_eval(word.value) for word in node.keywords}
     except (SyntaxError, ValueError) as error:

@@ -9,14 +9,15 @@ import sys
 import types
 import warnings
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
+from typing import NamedTuple
 
 import torch
 import torch.distributed
 from torch import Tensor, nn
 
 from seaattn_kernels import ops, probe
-from seaattn_kernels.anatomy import Anatomy, Obstacle
+from seaattn_kernels.anatomy import Anatomy, Obstacle, facts
 from seaattn_kernels.checks import autocast_dtype
 from seaattn_kernels.fold import FoldCache, traced
 from seaattn_kernels.module import SeaAttention, run
@@ -92,7 +93,7 @@ class _Record:
         self.folds = folds
         self.backend = backend
         self.verify = verify
-        self.verified: set[tuple] = set()
+        self.verified: set[str] = set()
 
     def copy(self) -> "_Record":
         """For a copy of the block, which folds for itself and is not verified."""
@@ -101,6 +102,10 @@ class _Record:
 
     def __deepcopy__(self, memo: dict) -> "_Record":
         return self.copy()
+
+    def __reduce__(self) -> tuple:
+        # Wherever a class of its own ways of pickling takes it along: None.
+        return type(None), ()
 
 
 class Swapped:
@@ -114,26 +119,26 @@ class Swapped:
     _seaattn: _Record | None = None
 
     def forward(self, *args, **kwargs) -> Tensor:
-        record = self._seaattn
-        if record is None or len(args) != 1 or kwargs:
-            return super().forward(*args, **kwargs)
+        # Bound methods and other threads may outlive the swap, hence no super() here.
+        record, own = getattr(self, _RECORD, None), _original(type(self)).forward
+        if record is None or kwargs or len(args) != 1 or not isinstance(args[0], Tensor):
+            return own(self, *args, **kwargs)
         (x,) = args
         checkable = record.verify and not traced() and not ops.transformed()
-        if checkable and not _verified(self, x):
-            return self.forward(x)
-        return run(self, x, record.folds, record.backend, super().forward)
+        if checkable and not _verified(self, x, record):
+            return own(self, x)
+        return run(self, x, record.folds, record.backend, partial(own, self))
 
     def refold(self) -> None:
         """Forget the folded weights, after an update that they cannot see: see SeaAttention."""
-        if self._seaattn is not None:
-            self._seaattn.folds.drop()
+        _drop(self)
 
-    def train(self, mode: bool = True) -> nn.Module:
-        self.refold()
-        return super().train(mode)
+    def train(self, *args, **kwargs) -> nn.Module:
+        _drop(self)
+        return super().train(*args, **kwargs)
 
     def _apply(self, *args, **kwargs) -> nn.Module:
-        self.refold()
+        _drop(self)
         return super()._apply(*args, **kwargs)
 
     def _replicate_for_data_parallel(self) -> nn.Module:
@@ -141,11 +146,14 @@ class Swapped:
 
     def __reduce_ex__(self, protocol: int) -> tuple:
         rebuild, arguments, *rest = super().__reduce_ex__(protocol)
-        if rebuild is copyreg.__newobj__:
-            # Pickle insists on the class of the object there, and is to get another one.
-            rebuild, arguments = copyreg._reconstructor, (*arguments, object, None)
         own, original = type(self), _original(type(self))
         arguments = tuple(original if value is own else value for value in arguments)
+        if rebuild is copyreg.__newobj__:
+            # Pickle insists on the class of the object there, and is to get another one.
+            if len(arguments) == 1:
+                rebuild, arguments = copyreg._reconstructor, (original, object, None)
+            else:
+                rebuild, arguments = partial(copyreg.__newobj__, *arguments), ()
         if rest and isinstance(rest[0], dict):
             rest[0] = {key: value for key, value in rest[0].items() if key != _RECORD}
         return rebuild, arguments, *rest
@@ -158,7 +166,11 @@ class Swapped:
         return _swap(twin, _copied(self._seaattn))
 
     def __copy__(self) -> nn.Module:
-        return _swap(_rebuilt(self, lambda state: state, {}), _copied(self._seaattn))
+        if hasattr(super(), "__copy__"):
+            twin = super().__copy__()
+        else:
+            twin = _rebuilt(self, lambda state: state, {})
+        return _swap(twin, _copied(self._seaattn))
 
     def __prepare_scriptable__(self) -> nn.Module:
         """``torch.jit.script`` compiles the original forward."""
@@ -188,7 +200,7 @@ def swapped_class(original: type[nn.Module]) -> type[nn.Module]:
     body = {"__module__": __name__, "__doc__": original.__doc__}
     try:
         made = types.new_class(name, (Swapped, original), exec_body=lambda ns: ns.update(body))
-    except TypeError as error:
+    except Exception as error:
         raise Obstacle(f"{original.__name__} cannot have a subclass: {error}") from error
     setattr(module, name, made)
     return made
@@ -213,6 +225,11 @@ def _copied(record: _Record | None) -> _Record | None:
     return None if record is None else record.copy()
 
 
+def _drop(block: nn.Module) -> None:
+    if (record := getattr(block, _RECORD, None)) is not None:
+        record.folds.drop()
+
+
 def _restore(block: nn.Module) -> None:
     object.__setattr__(block, "__class__", _original(type(block)))
     block.__dict__.pop(_RECORD, None)
@@ -227,33 +244,39 @@ def _rebuilt(block: nn.Module, copy_state: Callable, memo: dict) -> nn.Module:
     return twin
 
 
-def _verified(block: nn.Module, x: Tensor) -> bool:
+def _verified(block: nn.Module, x: Tensor, record: _Record) -> bool:
     """Compare at the first call of each kind; a block that fails gets its own forward back."""
-    record = block._seaattn
-    gradients = torch.is_grad_enabled() and isinstance(x, Tensor)
+    gradients = torch.is_grad_enabled()
     gradients = gradients and (x.requires_grad or any(p.requires_grad for p in block.parameters()))
-    key = _kind_of_call(block, x, gradients)
-    if key is None or key in record.verified:
+    kind = _kind_of_call(block, x, gradients)
+    if kind is None or kind in record.verified:
         return True
-    record.verified.add(key)
-    plain = copy.deepcopy(block, probe.without_hooks(block))
-    _restore(plain)
-    verdicts = probe.compare(plain, x, record.folds, record.backend, gradients)
     row = record.row
-    row.verdicts |= {f"{what} of {key}": verdict for what, verdict in verdicts.items()}
+    try:
+        plain = copy.deepcopy(block, probe.without_hooks(block))
+        _restore(plain)
+        plain.__dict__.pop("forward", None)
+        verdicts = probe.compare(plain, x, record.folds, record.backend, gradients)
+    except Exception as error:
+        # Unverified, it runs its own forward, and is compared again at the next call.
+        row.reason = f"{kind} could not be compared: {type(error).__name__}: {error}"
+        return False
+    record.verified.add(kind)
+    row.verdicts |= {f"{what} of {kind}": verdict for what, verdict in verdicts.items()}
     failed = [what for what, verdict in verdicts.items() if not verdict.ok]
     if not failed:
         return True
     row.backend = None
-    row.reason = f"the {failed[0]} of {key} missed the error budget: {verdicts[failed[0]]}"
+    row.reason = f"the {failed[0]} of {kind} missed the error budget: {verdicts[failed[0]]}"
+    if isinstance(block, Swapped):
+        _restore(block)
     warnings.warn(f"{row.name or row.kind} runs its own forward again: {row.reason}", stacklevel=5)
-    _restore(block)
     return False
 
 
 def _kind_of_call(block: nn.Module, x: Tensor, gradients: bool) -> str | None:
     """Names the calls that one comparison stands for; None where none can be made."""
-    if not isinstance(x, Tensor) or x.dim() != 4 or x.numel() == 0:
+    if x.dim() != 4 or x.numel() == 0:
         return None
     grouped = torch.distributed.is_available() and torch.distributed.is_initialized()
     shared = any(isinstance(layer, nn.SyncBatchNorm) for layer in block.modules())
@@ -271,8 +294,16 @@ def _kind_of_call(block: nn.Module, x: Tensor, gradients: bool) -> str | None:
 # --- public functions ------------------------------------------------------------------------
 
 
-def _survey(model: nn.Module, backend: str | None) -> tuple[Report, list[tuple[Row, probe.Probed]]]:
-    """The report on a model, and what is needed to swap those blocks that can be.
+class _Found(NamedTuple):
+    """A block that can be swapped."""
+
+    block: nn.Module
+    row: Row
+    probed: probe.Probed
+
+
+def _survey(model: nn.Module, backend: str | None) -> tuple[Report, list[_Found]]:
+    """The report on a model, and those of its blocks that can be swapped.
 
     ``backend`` is that of all blocks; None for "auto", and what swapped ones have.
     """
@@ -280,7 +311,7 @@ def _survey(model: nn.Module, backend: str | None) -> tuple[Report, list[tuple[R
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     modules = dict(model.named_modules())
     report = Report(type(model).__name__, len(modules))
-    probed: list[tuple[Row, probe.Probed]] = []
+    found: list[_Found] = []
     for name, module in modules.items():
         if isinstance(module, Swapped) and module._seaattn is not None:
             record = module._seaattn.copy()
@@ -302,16 +333,15 @@ def _survey(model: nn.Module, backend: str | None) -> tuple[Report, list[tuple[R
             report[name] = row = Row(name, _original(type(module)).__name__)
             try:
                 _check_forward(module)
-                swapped_class(_original(type(module)))
-                found = probe.probe(module)
+                probed = probe.probe(module)
             except Obstacle as reason:
                 row.reason = str(reason)
                 continue
-            row.error = found.error
-            _describe(row, found.anatomy, found.hard)
-            _settle(row, found.anatomy, backend or "auto")
-            probed.append((row, found))
-    return report, probed
+            row.error = probed.error
+            _describe(row, probed.anatomy, probed.hard)
+            _settle(row, probed.anatomy, backend or "auto")
+            found.append(_Found(module, row, probed))
+    return report, found
 
 
 def replace_sea_attention(model: nn.Module, backend: str = "auto", verify: bool = False) -> Report:
@@ -343,15 +373,19 @@ def replace_sea_attention(model: nn.Module, backend: str = "auto", verify: bool 
             training, with the reason; then nothing is swapped.
     """
     ops.check_backend(backend)
-    report, probed = _survey(model, backend)
+    report, found = _survey(model, backend)
     report.swapped = True
-    for name in report:
-        block = model.get_submodule(name)
+    for name, block in model.named_modules():
         if isinstance(block, Swapped) and block._seaattn is not None:
-            block._seaattn = _Record(report[name], block._seaattn.folds, backend, verify)
-    for row, found in probed:
-        folds = FoldCache(found.anatomy.unproven, found.hard)
-        _swap(model.get_submodule(row.name), _Record(row, folds, backend, verify))
+            record = _Record(report[name], block._seaattn.folds, backend, verify)
+            block.__dict__[_RECORD] = record
+    for block, row, probed in found:
+        kinds = probed.anatomy.unproven | {_original(type(block))}
+        folds = FoldCache(kinds, probed.hard, facts(block, kinds))
+        try:
+            _swap(block, _Record(row, folds, backend, verify))
+        except Obstacle as reason:
+            row.backend, row.reason = None, str(reason)
     return report
 
 

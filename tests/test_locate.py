@@ -75,6 +75,7 @@ def test_pickled_models_need_trust(tmp_path):
         ("torch.nn:Linear(a, 3)", "are not literals"),
         ("torch.nn:Linear(3", "neither a file nor package.module:attribute"),
         ("torch.nn:Linear(3,))", "are not literals"),
+        ("torch.nn:Linear(3)(4)", "are not literals: more than one call"),
         ("./nothing.pt", "nothing.pt is no file"),
         ("a b", "neither a file nor"),
     ],

@@ -379,7 +379,10 @@ def test_a_class_that_cannot_have_a_subclass_is_refused():
         def __init_subclass__(cls, **kwargs):
             raise TypeError("no more of it")
 
-    assert explain(Final(8))[""].reason == "Final cannot have a subclass: no more of it"
+    block = Final(8)
+    row = replace_sea_attention(block)[""]
+    assert (row.backend, row.reason) == (None, "Final cannot have a subclass: no more of it")
+    assert type(block) is Final
 
 
 # --- the swap --------------------------------------------------------------------------------
@@ -565,6 +568,164 @@ def test_more_arguments_run_the_own_forward():
         assert torch.equal(ours(x=x), theirs(x))
 
 
+class Own(eager.Sea_Attention):
+    """Reads a number of its own."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.temperature = 1.0
+
+    def forward(self, x):
+        return self.temperature * super().forward(x)
+
+
+class Shift(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.shift = 3.0
+
+    def forward(self, x):
+        return torch.clamp(x + self.shift, 0, 6) / 6
+
+
+class OwnGate(eager.Sea_Attention):
+    gate = Shift
+
+
+class Doubled(nn.Conv2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def _give_class(block):
+    block.to_q.c.__class__ = Doubled
+
+
+CHANGES = {
+    "number of the block": (Own, lambda b: setattr(b, "temperature", 0.5)),
+    "number of the gate": (OwnGate, lambda b: setattr(b.sigmoid, "shift", 2.0)),
+    "padding mode": (Own, lambda b: setattr(b.dwconv.c, "padding_mode", "circular")),
+    "class of a layer": (Own, _give_class),
+    "scale": (Own, lambda b: setattr(b, "scale", 1.0)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("training", [False, True])
+def test_a_change_of_anything_read_is_followed(change, training):
+    kind, update = CHANGES[change]
+    theirs, ours = make(kind), make(kind)
+    assert replace_sea_attention(ours)["stages.0"].backend == "reference"
+    before = evaluated(ours)
+    results(ours)
+    results(theirs)
+    for model in (theirs, ours):
+        for block in model.stages:
+            if change == "padding mode":
+                block.dwconv.c._reversed_padding_repeated_twice = [1, 1, 1, 1]
+            update(block)
+    if training:
+        assert_equal(results(ours), results(theirs), 1e-10)
+    torch.testing.assert_close(evaluated(ours), evaluated(theirs), rtol=0, atol=1e-10)
+    assert not torch.equal(evaluated(ours), before)
+    twin = copy.deepcopy(ours)
+    torch.testing.assert_close(evaluated(twin), evaluated(theirs), rtol=0, atol=1e-10)
+
+
+def test_a_forward_that_is_patched_later_is_called(monkeypatch):
+    theirs, ours = make(Own), make(Own)
+    replace_sea_attention(ours)
+    evaluated(ours)
+    forward = Own.forward
+    monkeypatch.setattr(Own, "forward", lambda self, x: 2 * forward(self, x))
+    torch.testing.assert_close(evaluated(ours), evaluated(theirs), rtol=0, atol=1e-11)
+
+
+def test_a_block_copied_by_its_attributes_has_its_own_weights():
+    block = verify.randomise(eager.Sea_Attention(16).double()).eval()
+    replace_sea_attention(block)
+    x = torch.randn(1, 16, 5, 6, dtype=torch.float64)
+    twin = type(block).__new__(type(block))
+    with torch.no_grad():
+        block(x)
+        twin.__dict__.update(block.__dict__)
+        twin._modules = copy.deepcopy(block._modules)
+        for parameter in twin.parameters():
+            parameter.mul_(1.5)
+        expected = eager.Sea_Attention.forward(twin, x)
+        torch.testing.assert_close(twin(x), expected, rtol=0, atol=1e-10)
+        block._modules = twin._modules
+        torch.testing.assert_close(block(x), expected, rtol=0, atol=1e-10)
+
+
+def test_bound_methods_outlive_the_swap():
+    model = make().eval()
+    block = model.stages[0]
+    replace_sea_attention(model)
+    forward = block.forward
+    restore_sea_attention(model)
+    x = torch.randn(1, 16, 5, 6, dtype=torch.float64)
+    assert torch.equal(forward(x), block(x))
+    replace_sea_attention(model)
+    block.forward = lambda x: forward(x)
+    restore_sea_attention(model)
+    assert torch.equal(block(x), eager.Sea_Attention.forward(block, x))
+
+
+def test_symbolic_tracing_sees_the_own_forward():
+    class Plain(eager.Sea_Attention):
+        def attend(self, q, k, v, encode):
+            n = q.size(2)
+            q, k, v = (t.reshape(-1, self.num_heads, c, n) for t, c in ((q, 4), (k, 4), (v, 8)))
+            weights = torch.einsum("bhdi,bhdj->bhij", q, k).mul(self.scale).softmax(-1)
+            out = torch.einsum("bhij,bhej->bhei", weights, v)
+            return encode(out.reshape(-1, self.dh, n, 1)).squeeze(3)
+
+    model = nn.Sequential(verify.randomise(Plain(16).double())).eval()
+    replace_sea_attention(model)
+    assert isinstance(model[0], patch.Swapped)
+    x = torch.randn(1, 16, 5, 6, dtype=torch.float64)
+    traced = torch.fx.symbolic_trace(model)
+    assert any("einsum" in str(node.target) for node in traced.graph.nodes)
+    torch.testing.assert_close(traced(x), evaluated(model, x), rtol=0, atol=1e-11)
+
+
+def test_names_that_mean_something_else():
+    class Shadowed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.add_module("attention", eager.Sea_Attention(8))
+
+        @property
+        def first(self):
+            return nn.Identity()
+
+        def get_submodule(self, target):
+            return nn.Identity()
+
+    model = Shadowed()
+    assert list(replace_sea_attention(model)) == ["attention"]
+    assert isinstance(model.attention, patch.Swapped)
+    assert restore_sea_attention(model) == ["attention"]
+    assert type(model.attention) is eager.Sea_Attention
+
+
+class OwnTrain(eager.Sea_Attention):
+    def train(self, mode=True, freeze=False):
+        super().train(mode)
+        if freeze:
+            self.to_q.bn.eval()
+        return self
+
+
+def test_methods_of_the_class_keep_their_arguments():
+    block = OwnTrain(8)
+    replace_sea_attention(block)
+    block.train(True, freeze=True)
+    assert not block.to_q.bn.training
+    assert block.to_k.bn.training
+
+
 # --- weights that change ---------------------------------------------------------------------
 
 UPDATES = {
@@ -671,6 +832,64 @@ def test_a_new_instance_of_the_class_runs_its_own_forward_until_it_is_swapped():
     torch.testing.assert_close(fresh(x), plain(x), rtol=0, atol=1e-11)
     restore_sea_attention(fresh)
     assert type(fresh) is eager.Sea_Attention
+
+
+class Listed(eager.Sea_Attention):
+    def __getstate__(self):
+        return [self.__dict__, {"nested": self.__dict__}]
+
+    def __setstate__(self, state):
+        super().__setstate__(state[0])
+
+
+class NewArguments(eager.Sea_Attention):
+    def __new__(cls, *args, **kwargs):
+        return super().__new__(cls)
+
+    def __getnewargs__(self):
+        return (16,)
+
+
+class Reduced(eager.Sea_Attention):
+    def __reduce__(self):
+        return _rebuild, (type(self), self.__dict__)
+
+
+def _rebuild(kind, attributes):
+    block = kind.__new__(kind)
+    block.__dict__.update(attributes)
+    return block
+
+
+@pytest.mark.parametrize("kind", [Listed, NewArguments, Reduced])
+def test_classes_with_pickles_of_their_own(kind):
+    model = make(kind)
+    replace_sea_attention(model)
+    assert all_swapped(model)
+    data = pickle.dumps(model)
+    assert b"seaattn_kernels" not in data
+    opened = pickle.loads(data)
+    assert type(opened.stages[0]) is kind
+    assert torch.equal(evaluated(opened), evaluated(make(kind)))
+    twin = copy.deepcopy(model)
+    assert all_swapped(twin)
+    torch.testing.assert_close(evaluated(twin), evaluated(opened), rtol=0, atol=1e-11)
+
+
+class OwnCopy(eager.Sea_Attention):
+    def __copy__(self):
+        twin = type(self).__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        twin.copied = True
+        return twin
+
+
+def test_a_shallow_copy_of_its_own():
+    block = OwnCopy(8)
+    replace_sea_attention(block)
+    twin = copy.copy(block)
+    assert twin.copied
+    assert twin._seaattn is not block._seaattn
 
 
 def test_shallow_copy():
@@ -838,6 +1057,59 @@ def test_verification_happens_once_a_kind_of_call_and_moves_nothing():
     twin = copy.deepcopy(ours)
     evaluated(twin, X[:, :, :9].float())
     assert len(report["stages.0"].verdicts) == 4
+
+
+# --- more of verify=True ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_verified_within_a_checkpoint(reentrant):
+    from torch.utils.checkpoint import checkpoint
+
+    theirs, ours = make(dtype=torch.float32).train(), make(dtype=torch.float32).train()
+    report = replace_sea_attention(ours, verify=True)
+    x = torch.randn(2, 16, 7, 9, requires_grad=True)
+    for model in (theirs, ours):
+        checkpoint(model.stages[0], x, use_reentrant=reentrant).sum().backward()
+    assert report["stages.0"].verdicts
+    assert ours.stages[0].to_q.c.weight.grad is not None
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nothing_is_learned_where_eager_is_not_finite(value):
+    model = make(dtype=torch.float32)
+    report = replace_sea_attention(model, verify=True)
+    x = X.float()
+    x[0, 0, 3, 3] = value
+    assert evaluated(model, x).isnan().any()
+    assert all_swapped(model)
+    assert report["stages.0"].verdicts == {}
+
+
+def test_what_cannot_be_compared_runs_its_own_forward():
+    theirs, ours = make(), make()
+    report = replace_sea_attention(ours, verify=True)
+    changed = {name: 1.1 * p for name, p in theirs.named_parameters()}
+    found, expected = (
+        torch.func.functional_call(model.eval(), changed, X) for model in (ours, theirs)
+    )
+    assert torch.equal(found, expected)
+    row = report["stages.0"]
+    assert "2x16x11x13 cpu float64 eval with gradients could not be compared" in row.reason
+    assert row.backend == "reference"
+    assert all_swapped(ours)
+
+
+def test_a_warning_that_is_an_error_leaves_the_own_forward():
+    theirs, ours = make(OtherWhenLarge), make(OtherWhenLarge)
+    replace_sea_attention(ours, verify=True)
+    large = torch.randn(1, 3, 70, 20, dtype=torch.float64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            with pytest.raises(UserWarning, match="runs its own forward again"):
+                evaluated(ours, large)
+    assert torch.equal(evaluated(ours, large), evaluated(theirs, large))
 
 
 def test_report_says_why_auto_falls_back(monkeypatch):

@@ -76,12 +76,95 @@ class OtherStatistics(eager.Sea_Attention):
         return super().forward(x)
 
 
-@pytest.mark.parametrize("kind", [OtherAttention, NoTable, Nearest, Stops, OtherStatistics])
+class Rectified(eager.Sea_Attention):
+    """ReLU where its layer says ReLU6: the same for small values."""
+
+    def attend(self, q, k, v, encode):
+        return super().attend(q, k, v, lambda x: encode[1](x.relu()))
+
+
+class Clamped(eager.Sea_Attention):
+    """Scores cannot leave a wide range."""
+
+    def attend(self, q, k, v, encode):
+        b, _, n = q.shape
+        q, k, v = (t.reshape(b, self.num_heads, -1, n) for t in (q, k, v))
+        scores = torch.einsum("bhdi,bhdj->bhij", q, k).mul(self.scale).clamp(-10, 10)
+        out = torch.einsum("bhij,bhej->bhei", scores.softmax(-1), v)
+        return encode(out.reshape(b, self.dh, n, 1)).squeeze(3)
+
+
+class EvalGradients(eager.Sea_Attention):
+    def forward(self, x):
+        if not self.training:
+            x = x.detach() + 0.5 * (x - x.detach())
+        return super().forward(x)
+
+
+class TrainingWithoutGradients(eager.Sea_Attention):
+    def forward(self, x):
+        out = super().forward(x)
+        return 2 * out if self.training and not torch.is_grad_enabled() else out
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        OtherAttention, NoTable, Nearest, Stops, OtherStatistics, Rectified, Clamped, EvalGradients,
+        TrainingWithoutGradients,
+    ],
+)  # fmt: skip
 def test_a_difference_in_anything_is_seen_on_a_fresh_block(kind):
     block = make(kind)
     _fresh(block)
     with pytest.raises(Obstacle, match="its forward computes something else"):
         probe.probe(block)
+
+
+class Keeps(eager.Sea_Attention):
+    def forward(self, x):
+        self.last = x
+        return super().forward(x)
+
+
+class Casts(eager.Sea_Attention):
+    def forward(self, x):
+        return super().forward(x).bfloat16()
+
+
+class OwnAutocast(eager.Sea_Attention):
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (Keeps, "its forward keeps last"),
+        (Casts, "its forward returns torch.bfloat16 for torch.float32"),
+        (OwnAutocast, "its forward returns torch.bfloat16 for torch.float32"),
+    ],
+)
+def test_a_forward_that_does_more(kind, reason):
+    with pytest.raises(Obstacle, match=reason):
+        probe.probe(make(kind))
+
+
+class FloatSoftmax(eager.Sea_Attention):
+    """As people write it for half precision."""
+
+    def attend(self, q, k, v, encode):
+        b, _, n = q.shape
+        q, k, v = (t.reshape(b, self.num_heads, -1, n) for t in (q, k, v))
+        scores = torch.einsum("bhdi,bhdj->bhij", q, k).mul(self.scale)
+        weights = scores.float().softmax(-1).to(v.dtype)
+        out = torch.einsum("bhij,bhej->bhei", weights, v)
+        return encode(out.reshape(b, self.dh, n, 1).contiguous()).squeeze(3)
+
+
+def test_a_softmax_in_float32_passes():
+    assert 1e-12 < probe.probe(make(FloatSoftmax)).error < 1e-5
 
 
 @pytest.mark.parametrize("name", ["axial_squeeze", "axial_attention_pair", "broadcast_add", "gate"])
@@ -90,7 +173,7 @@ def test_a_fault_of_an_operator_is_seen(name, monkeypatch):
 
     def wrong(*args, **kwargs):
         out = function(*args, **kwargs)
-        return (1.00001 * out[0], out[1]) if isinstance(out, tuple) else 1.00001 * out
+        return (1.0001 * out[0], out[1]) if isinstance(out, tuple) else 1.0001 * out
 
     monkeypatch.setattr(ops, name, wrong)
     with pytest.raises(Obstacle, match="its forward computes something else"):
@@ -99,7 +182,7 @@ def test_a_fault_of_an_operator_is_seen(name, monkeypatch):
 
 def test_a_fault_of_the_folded_block_is_seen(monkeypatch):
     folded = reference.sea_attention_folded
-    monkeypatch.setattr(reference, "sea_attention_folded", lambda *a: 1.00001 * folded(*a))
+    monkeypatch.setattr(reference, "sea_attention_folded", lambda *a: 1.0001 * folded(*a))
     with pytest.raises(Obstacle, match="its forward computes something else"):
         probe.probe(make())
 
