@@ -1,10 +1,7 @@
-"""The operators: schemas, fakes, autograd, FLOP formulas and the choice of a backend.
+"""The operators: public functions, FLOP formulas and the choice of a backend.
 
 Every public function checks its arguments, settles the backend, and calls one registered overload
-``torch.ops.seaattn_kernels.<operator>.<backend>``. The schemas are defined here, once; the compiled
-library adds kernels to them. The ``reference`` overloads are composite: autograd, ``torch.compile``
-and exporters see the plain PyTorch they are made of. The others are opaque and bring a fake, a
-backward operator and a FLOP formula.
+(:mod:`seaattn_kernels.overloads`).
 
 Common to all: tensors share one device and one dtype out of float16, bfloat16, float32, float64
 (``TypeError`` and ``ValueError`` name the argument otherwise); float64 runs on the reference only;
@@ -13,6 +10,7 @@ shape is channels_last where the first map is that and not also contiguous, cont
 Under autocast the attentions and the block cast to its dtype, the other operators promote.
 """
 
+import importlib.util
 import os
 import sys
 import warnings
@@ -37,127 +35,12 @@ from seaattn_kernels.checks import (
     describe,
     unify,
 )
-from seaattn_kernels.reference import ACTIVATIONS
+from seaattn_kernels.overloads import OPERATORS, OVERLOADS, REFERENCE
 
 BACKENDS = ("auto", "reference", "triton", "cpu", "cuda")
 
 #: What "auto" stands for; "auto" here means the best backend of the tensor's device.
 _AUTO = os.environ.get("SEAATTN_BACKEND") or "auto"
-
-_LIBRARY = torch.library.Library("seaattn_kernels", "DEF")
-_SCHEMAS = {
-    "axial_squeeze": "(Tensor x) -> (Tensor, Tensor)",
-    "axial_squeeze_backward": "(Tensor row, Tensor column, bool channels_last) -> Tensor",
-    "axial_attention": "(Tensor q, Tensor k, Tensor v, int heads, float scale) -> Tensor",
-    "axial_attention_pair": (
-        "(Tensor row, Tensor column, Tensor row_q, Tensor row_k, Tensor column_q, Tensor column_k, "
-        "int heads, int key_dim, float scale) -> (Tensor, Tensor)"
-    ),
-    "broadcast_add": (
-        "(Tensor v, Tensor row, Tensor column, int activation, float negative_slope) -> Tensor"
-    ),
-    "gate": "(Tensor x, Tensor y, bool hard) -> Tensor",
-    "sea_attention": (
-        "(Tensor x, Tensor[] weights, int heads, int key_dim, int activation, "
-        "float negative_slope, bool hard) -> Tensor"
-    ),
-}
-#: The operators that each backend has in this version.
-OPERATORS = {
-    "reference": tuple(name for name in _SCHEMAS if not name.endswith("_backward")),
-    "cpu": ("axial_squeeze",),
-    "triton": (),
-    "cuda": (),
-}
-
-
-# --- overloads -------------------------------------------------------------------------------
-
-
-def _reference_broadcast_add(v, row, column, activation, negative_slope):
-    return reference.broadcast_add(v, row, column, ACTIVATIONS[activation], negative_slope)
-
-
-def _reference_sea_attention(x, weights, heads, key_dim, activation, negative_slope, hard):
-    name = ACTIVATIONS[activation]
-    return reference.sea_attention_folded(x, weights, heads, key_dim, name, negative_slope, hard)
-
-
-_REFERENCE = {
-    "axial_squeeze": reference.axial_squeeze,
-    "axial_attention": reference.axial_attention,
-    "axial_attention_pair": reference.axial_attention_pair,
-    "broadcast_add": _reference_broadcast_add,
-    "gate": reference.gate,
-    "sea_attention": _reference_sea_attention,
-}
-
-
-def _fake_axial_squeeze(x):
-    b, c, h, w = x.shape
-    return x.new_empty(b, c, h), x.new_empty(b, c, w)
-
-
-def _fake_axial_squeeze_backward(row, column, channels_last):
-    b, c, h = row.shape
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty(
-        (b, c, h, column.shape[2]), dtype=row.dtype, device=row.device, memory_format=layout
-    )
-
-
-def _setup_axial_squeeze(ctx, inputs, output):
-    ctx.channels_last = reference.is_channels_last(inputs[0])
-
-
-def _setup_nothing(ctx, inputs, output):
-    """torch.func asks for one."""
-
-
-def _register_axial_squeeze(backend: str) -> None:
-    """Fakes and autograd. The adjoint of the squeeze is linear, and its own adjoint the squeeze."""
-    name = f"seaattn_kernels::axial_squeeze.{backend}"
-    backward_name = f"seaattn_kernels::axial_squeeze_backward.{backend}"
-    packet = torch.ops.seaattn_kernels
-    squeeze = getattr(packet.axial_squeeze, backend)
-    spread = getattr(packet.axial_squeeze_backward, backend)
-
-    def backward(ctx, grad_row, grad_column):
-        return spread(grad_row, grad_column, ctx.channels_last)
-
-    def double_backward(ctx, grad):
-        return *squeeze(grad), None
-
-    torch.library.register_fake(name, _fake_axial_squeeze, lib=_LIBRARY)
-    torch.library.register_fake(backward_name, _fake_axial_squeeze_backward, lib=_LIBRARY)
-    torch.library.register_autograd(
-        name, backward, setup_context=_setup_axial_squeeze, lib=_LIBRARY
-    )
-    torch.library.register_autograd(
-        backward_name, double_backward, setup_context=_setup_nothing, lib=_LIBRARY
-    )
-
-
-def _define_overloads() -> dict[str, dict[str, torch._ops.OpOverload]]:
-    overloads: dict[str, dict[str, torch._ops.OpOverload]] = {name: {} for name in _SCHEMAS}
-    for backend, operators in OPERATORS.items():
-        for name in operators:
-            schemas = [name]
-            if backend != "reference" and f"{name}_backward" in _SCHEMAS:
-                schemas.append(f"{name}_backward")
-            for schema in schemas:
-                _LIBRARY.define(f"{schema}.{backend}{_SCHEMAS[schema]}")
-                overloads[schema][backend] = getattr(
-                    getattr(torch.ops.seaattn_kernels, schema), backend
-                )
-    for name, function in _REFERENCE.items():
-        _LIBRARY.impl(f"{name}.reference", function, "CompositeImplicitAutograd")
-    _register_axial_squeeze("cpu")
-    return overloads
-
-
-_OVERLOADS = _define_overloads()
-
 
 # --- FLOP formulas: two for a multiply-add of a matrix product, the rest is free, as in torch ---
 
@@ -179,6 +62,13 @@ def _flops_axial_attention_pair(
     return 2 * b * width * (h * h + column[2] ** 2)
 
 
+def _flops_axial_attention_pair_backward(row_gradient, column_gradient, *rest, **kwargs) -> int:
+    """Five products, as torch counts them: of scores, of dp, and those of dq, dk and dv."""
+    b, values, h = row_gradient
+    keys = (rest[0][1] - values) // 2
+    return 2 * b * (3 * keys + 2 * values) * (h * h + column_gradient[2] ** 2)
+
+
 def _flops_sea_attention(x, weights, heads, key_dim, *args, **kwargs) -> int:
     b, c, h, w = x
     projected, values = weights[0][0], weights[6][0]
@@ -195,8 +85,11 @@ _FLOPS = {
     "axial_squeeze_backward": _flops_free,
     "axial_attention": _flops_axial_attention,
     "axial_attention_pair": _flops_axial_attention_pair,
+    "axial_attention_pair_backward": _flops_axial_attention_pair_backward,
     "broadcast_add": _flops_free,
+    "broadcast_add_backward": _flops_free,
     "gate": _flops_free,
+    "gate_backward": _flops_free,
     "sea_attention": _flops_sea_attention,
 }
 
@@ -231,9 +124,39 @@ def refusal(operator: str, backend: str, device: torch.device, dtype: torch.dtyp
         return native.REASON
     if backend == "cpu" and device.type != "cpu":
         return f"backend 'cpu' needs CPU tensors, got {device}"
+    if backend == "triton" and (reason := _triton_refusal(device, dtype)):
+        return reason
     if dtype is torch.float64:
         return f"backend {backend!r} does not compute in float64; 'reference' does"
     return None
+
+
+def _triton_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if device.type == "cpu":
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            return None
+        return "backend 'triton' needs a GPU; TRITON_INTERPRET=1 interprets it on a CPU"
+    if device.type != "cuda":
+        return f"backend 'triton' needs CUDA tensors, got {device}"
+    if dtype is torch.bfloat16 and torch.version.hip is None and _capability(device) < (8, 0):
+        return "backend 'triton' needs compute capability 8.0 for bfloat16"
+    return None
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def _preferred(operator: str, device: torch.device) -> tuple[str, str | None]:
+    """What "auto" takes on a device, and why it is not the best it has."""
+    if device.type == "cuda" and torch.version.hip is None and _capability(device) < (8, 0):
+        return "reference", "below compute capability 8.0 plain PyTorch is taken"
+    candidates = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}.get(device.type, ())
+    able = [backend for backend in candidates if operator in OPERATORS[backend]]
+    return (able[0] if able else "reference"), None
 
 
 def transformed() -> bool:
@@ -266,12 +189,8 @@ def settle(
         return backend, None
     if _AUTO not in BACKENDS:
         raise ValueError(f"SEAATTN_BACKEND must be one of {BACKENDS}, got {_AUTO!r}")
-    preferred = _AUTO
-    if preferred == "auto":
-        preferred = device.type if device.type in ("cpu", "cuda") else "reference"
-        if operator not in OPERATORS[preferred]:
-            return "reference", None
-    reason = refusal(operator, preferred, device, dtype)
+    preferred, reason = (_AUTO, None) if _AUTO != "auto" else _preferred(operator, device)
+    reason = reason or refusal(operator, preferred, device, dtype)
     return ("reference" if reason else preferred), reason
 
 
@@ -290,7 +209,7 @@ def _overload(operator: str, backend: str, x: Tensor) -> Callable:
     if not torch.compiler.is_compiling() and "torch.utils.flop_counter" in sys.modules:
         _register_flop_formulas()
     chosen = choose(operator, backend, x.device, x.dtype)
-    return _REFERENCE[operator] if transformed() else _OVERLOADS[operator][chosen]
+    return REFERENCE[operator] if transformed() else OVERLOADS[operator][chosen]
 
 
 # --- public functions ------------------------------------------------------------------------

@@ -25,7 +25,18 @@ def test_info_is_data_too(capsys, library):
     assert report["library"] == library.BUILD
     assert report["backends"]["reference"]["operators"] == list(ops.OPERATORS["reference"])
     assert report["backends"]["cpu"]["operators"] == list(ops.OPERATORS["cpu"])
-    assert report["backends"]["triton"] == {"operators": [], "reason": "not in this version"}
+    assert report["backends"]["cuda"] == {"operators": [], "reason": "not in this version"}
+
+
+def test_info_says_where_triton_runs(capsys, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert command.main(["info", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["backends"]["triton"]["operators"] == list(ops.OPERATORS["triton"])
+    if not torch.cuda.is_available():
+        monkeypatch.delenv("TRITON_INTERPRET")
+        assert command.main(["info"]) == 0
+        assert "unavailable: backend 'triton' needs a GPU" in capsys.readouterr().out
 
 
 def test_info_says_why_a_backend_is_missing(capsys, monkeypatch):

@@ -1,0 +1,174 @@
+"""Add a row and a column vector to a map and activate, in one read and one write.
+
+    z[b, c, i, j] = v[b, c, i, j] + row[b, c, i] + column[b, c, j]          out = act(z)
+
+A program owns one tile of BLOCK_C channels, BLOCK_H rows and BLOCK_W columns of an image. Backward:
+
+    dv = dout * act'(z)          drow[i] = sum_j dv[i, j]          dcolumn[j] = sum_i dv[i, j]
+
+The sums are W and H times the means of ``squeeze``.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from seaattn_kernels.kernels import squeeze
+from seaattn_kernels.kernels.launch import OPTIONS, on_device
+
+# The codes of ``reference.ACTIVATIONS``.
+_IDENTITY, _RELU, _RELU6, _LEAKY_RELU, _SILU = (tl.constexpr(code) for code in range(5))
+
+
+@triton.jit
+def activate(z, slope, ACTIVATION: tl.constexpr):
+    """``act(z)``; NaN goes through."""
+    if ACTIVATION == _RELU:
+        return tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    elif ACTIVATION == _RELU6:
+        return tl.minimum(
+            tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL),
+            6.0,
+            propagate_nan=tl.PropagateNan.ALL,
+        )
+    elif ACTIVATION == _LEAKY_RELU:
+        return tl.where(z > 0, z, z * slope)
+    elif ACTIVATION == _SILU:
+        return z * tl.sigmoid(z)
+    else:
+        return z
+
+
+@triton.jit
+def activate_backward(gradient, z, slope, ACTIVATION: tl.constexpr):
+    """``gradient * act'(z)`` with PyTorch's values at the kinks: zero at the bounds themselves."""
+    if ACTIVATION == _RELU:
+        return tl.where(z <= 0, 0.0, gradient)
+    elif ACTIVATION == _RELU6:
+        return tl.where((z <= 0) | (z >= 6), 0.0, gradient)
+    elif ACTIVATION == _LEAKY_RELU:
+        return tl.where(z > 0, gradient, gradient * slope)
+    elif ACTIVATION == _SILU:
+        s = tl.sigmoid(z)
+        return gradient * s * (1 + z * (1 - s))
+    else:
+        return gradient
+
+
+@triton.jit
+def _place(C, H, W, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr):
+    """The image and the corner of this program's tile, in 64 bits."""
+    pid = tl.program_id(0)
+    across = tl.cdiv(W, BLOCK_W)
+    w0 = (pid % across) * BLOCK_W
+    pid = pid // across
+    down = tl.cdiv(H, BLOCK_H)
+    h0 = (pid % down) * BLOCK_H
+    pid = pid // down
+    blocks = tl.cdiv(C, BLOCK_C)
+    return (
+        (pid // blocks).to(tl.int64),
+        ((pid % blocks) * BLOCK_C).to(tl.int64),
+        h0.to(tl.int64),
+        w0.to(tl.int64),
+    )
+
+
+@triton.jit(do_not_specialize=["C", "H", "W", "slope"])
+def broadcast_add_kernel(
+    v_ptr, row_ptr, column_ptr, out_ptr, C, H, W, slope,
+    v_b, v_c, v_h, v_w, row_b, row_c, row_h, column_b, column_c, column_w,
+    out_b, out_c, out_h, out_w, ACTIVATION: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    b, c0, h0, w0 = _place(C, H, W, BLOCK_C, BLOCK_H, BLOCK_W)
+    c = tl.arange(0, BLOCK_C)[:, None, None]
+    h = tl.arange(0, BLOCK_H)[None, :, None]
+    w = tl.arange(0, BLOCK_W)[None, None, :]
+    c_in, h_in, w_in = c0 + c < C, h0 + h < H, w0 + w < W
+    inside = c_in & h_in & w_in
+    v_ptr += b * v_b + c0 * v_c + h0 * v_h + w0 * v_w
+    row_ptr += b * row_b + c0 * row_c + h0 * row_h
+    column_ptr += b * column_b + c0 * column_c + w0 * column_w
+    v = tl.load(v_ptr + (c * v_c + h * v_h + w * v_w), mask=inside, other=0.0)
+    row = tl.load(row_ptr + (c * row_c + h * row_h), mask=c_in & h_in, other=0.0)
+    column = tl.load(column_ptr + (c * column_c + w * column_w), mask=c_in & w_in, other=0.0)
+    z = v.to(tl.float32) + (row.to(tl.float32) + column.to(tl.float32))
+    out_ptr += b * out_b + c0 * out_c + h0 * out_h + w0 * out_w
+    tl.store(
+        out_ptr + (c * out_c + h * out_h + w * out_w),
+        activate(z, slope, ACTIVATION).to(out_ptr.dtype.element_ty),
+        mask=inside,
+    )
+
+
+@triton.jit(do_not_specialize=["C", "H", "W", "slope"])
+def broadcast_add_backward_kernel(
+    gradient_ptr, v_ptr, row_ptr, column_ptr, out_ptr, C, H, W, slope,
+    gradient_b, gradient_c, gradient_h, gradient_w, v_b, v_c, v_h, v_w,
+    row_b, row_c, row_h, column_b, column_c, column_w, out_b, out_c, out_h, out_w,
+    ACTIVATION: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    b, c0, h0, w0 = _place(C, H, W, BLOCK_C, BLOCK_H, BLOCK_W)
+    c = tl.arange(0, BLOCK_C)[:, None, None]
+    h = tl.arange(0, BLOCK_H)[None, :, None]
+    w = tl.arange(0, BLOCK_W)[None, None, :]
+    c_in, h_in, w_in = c0 + c < C, h0 + h < H, w0 + w < W
+    inside = c_in & h_in & w_in
+    gradient_ptr += b * gradient_b + c0 * gradient_c + h0 * gradient_h + w0 * gradient_w
+    v_ptr += b * v_b + c0 * v_c + h0 * v_h + w0 * v_w
+    row_ptr += b * row_b + c0 * row_c + h0 * row_h
+    column_ptr += b * column_b + c0 * column_c + w0 * column_w
+    gradient = tl.load(
+        gradient_ptr + (c * gradient_c + h * gradient_h + w * gradient_w), mask=inside, other=0.0
+    )
+    v = tl.load(v_ptr + (c * v_c + h * v_h + w * v_w), mask=inside, other=0.0)
+    row = tl.load(row_ptr + (c * row_c + h * row_h), mask=c_in & h_in, other=0.0)
+    column = tl.load(column_ptr + (c * column_c + w * column_w), mask=c_in & w_in, other=0.0)
+    z = v.to(tl.float32) + (row.to(tl.float32) + column.to(tl.float32))
+    out_ptr += b * out_b + c0 * out_c + h0 * out_h + w0 * out_w
+    tl.store(
+        out_ptr + (c * out_c + h * out_h + w * out_w),
+        activate_backward(gradient.to(tl.float32), z, slope, ACTIVATION).to(
+            out_ptr.dtype.element_ty
+        ),
+        mask=inside,
+    )
+
+
+def _grid(v: Tensor, out: Tensor) -> tuple[tuple[int], squeeze.Tile]:
+    b, c, h, w = v.shape
+    block = squeeze.tile(c, h, w, out.stride(1) == 1 and out.stride(3) != 1)
+    return (b * triton.cdiv(c, block.c) * triton.cdiv(h, block.h) * triton.cdiv(w, block.w),), block
+
+
+def broadcast_add(
+    v: Tensor, row: Tensor, column: Tensor, activation: int, negative_slope: float, out: Tensor
+) -> Tensor:
+    """Write ``act(v + row[..., None] + column[..., None, :])`` into ``out``; any strides."""
+    grid, block = _grid(v, out)
+    if v.shape[0]:
+        with on_device(v):
+            broadcast_add_kernel[grid](
+                v, row, column, out, *v.shape[1:], negative_slope,
+                *v.stride(), *row.stride(), *column.stride(), *out.stride(), ACTIVATION=activation,
+                BLOCK_C=block.c, BLOCK_H=block.h, BLOCK_W=block.w, num_warps=4, **OPTIONS,
+            )  # fmt: skip
+    return out
+
+
+def broadcast_add_backward(
+    gradient: Tensor, v: Tensor, row: Tensor, column: Tensor,
+    activation: int, negative_slope: float, out: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradients of v, written into ``out``, of the row and of the column."""
+    grid, block = _grid(v, out)
+    if v.shape[0]:
+        with on_device(v):
+            broadcast_add_backward_kernel[grid](
+                gradient, v, row, column, out, *v.shape[1:], negative_slope, *gradient.stride(),
+                *v.stride(), *row.stride(), *column.stride(), *out.stride(), ACTIVATION=activation,
+                BLOCK_C=block.c, BLOCK_H=block.h, BLOCK_W=block.w, num_warps=4, **OPTIONS,
+            )  # fmt: skip
+    return (out, *squeeze.axial_squeeze(out, mean=False))

@@ -1,0 +1,311 @@
+"""The registered overloads ``torch.ops.seaattn_kernels.<operator>.<backend>``.
+
+Schemas are defined here, once; the compiled library adds kernels to them. The ``reference``
+overloads are composite: autograd, ``torch.compile`` and exporters see the plain PyTorch they are
+made of. The others are opaque, and bring a fake and a backward operator; gradients of that come
+from the reference. Arguments have been checked.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from seaattn_kernels import reference
+from seaattn_kernels.reference import ACTIVATIONS
+
+_LIBRARY = torch.library.Library("seaattn_kernels", "DEF")
+_TABLES = "Tensor row_q, Tensor row_k, Tensor column_q, Tensor column_k"
+SCHEMAS = {
+    "axial_squeeze": "(Tensor x) -> (Tensor, Tensor)",
+    "axial_squeeze_backward": "(Tensor row, Tensor column, bool channels_last) -> Tensor",
+    "axial_attention": "(Tensor q, Tensor k, Tensor v, int heads, float scale) -> Tensor",
+    "axial_attention_pair": (
+        f"(Tensor row, Tensor column, {_TABLES}, int heads, int key_dim, float scale) "
+        "-> (Tensor, Tensor)"
+    ),
+    "axial_attention_pair_backward": (
+        "(Tensor row_gradient, Tensor column_gradient, Tensor row, Tensor column, "
+        f"{_TABLES}, int heads, int key_dim, float scale) "
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ),
+    "broadcast_add": (
+        "(Tensor v, Tensor row, Tensor column, int activation, float negative_slope) -> Tensor"
+    ),
+    "broadcast_add_backward": (
+        "(Tensor gradient, Tensor v, Tensor row, Tensor column, int activation, "
+        "float negative_slope) -> (Tensor, Tensor, Tensor)"
+    ),
+    "gate": "(Tensor x, Tensor y, bool hard) -> Tensor",
+    "gate_backward": "(Tensor gradient, Tensor x, Tensor y, bool hard) -> (Tensor, Tensor)",
+    "sea_attention": (
+        "(Tensor x, Tensor[] weights, int heads, int key_dim, int activation, "
+        "float negative_slope, bool hard) -> Tensor"
+    ),
+}
+#: The operators that each backend has in this version.
+OPERATORS = {
+    "reference": tuple(name for name in SCHEMAS if not name.endswith("_backward")),
+    "cpu": ("axial_squeeze",),
+    "triton": ("axial_squeeze", "axial_attention", "axial_attention_pair", "broadcast_add", "gate"),
+    "cuda": (),
+}
+
+
+# --- reference -------------------------------------------------------------------------------
+
+
+def _broadcast_add(v, row, column, activation, negative_slope):
+    return reference.broadcast_add(v, row, column, ACTIVATIONS[activation], negative_slope)
+
+
+def _sea_attention(x, weights, heads, key_dim, activation, negative_slope, hard):
+    name = ACTIVATIONS[activation]
+    return reference.sea_attention_folded(x, weights, heads, key_dim, name, negative_slope, hard)
+
+
+REFERENCE = {
+    "axial_squeeze": reference.axial_squeeze,
+    "axial_attention": reference.axial_attention,
+    "axial_attention_pair": reference.axial_attention_pair,
+    "broadcast_add": _broadcast_add,
+    "gate": reference.gate,
+    "sea_attention": _sea_attention,
+}
+
+
+# --- Triton, imported at the first call ------------------------------------------------------
+
+
+def _triton_axial_squeeze(x):
+    from seaattn_kernels.kernels import squeeze
+
+    return squeeze.axial_squeeze(x)
+
+
+def _triton_axial_squeeze_backward(row, column, channels_last):
+    from seaattn_kernels.kernels import squeeze
+
+    return squeeze.axial_squeeze_backward(row, column, channels_last)
+
+
+def _triton_axial_attention(q, k, v, heads, scale):
+    """The pair with a column of one element and tables of zero; gradients are the pair's."""
+    row = torch.cat([q, k, v], dim=1)
+    column = row.new_zeros(*row.shape[:2], 1)
+    tables = [q.new_zeros(1, q.shape[1], 1)] * 4
+    pair = torch.ops.seaattn_kernels.axial_attention_pair.triton
+    return pair(row, column, *tables, heads, q.shape[1] // heads, scale)[0]
+
+
+def _triton_axial_attention_pair(row, column, *rest):
+    from seaattn_kernels.kernels import axial_attention
+
+    *tables, heads, key_dim, scale = rest
+    row, column, *tables = (t.contiguous() for t in (row, column, *tables))
+    return axial_attention.axial_attention_pair(row, column, tables, heads, key_dim, scale)
+
+
+def _triton_axial_attention_pair_backward(*arguments):
+    from seaattn_kernels.kernels import axial_attention
+
+    *tensors, heads, key_dim, scale = arguments
+    row_gradient, column_gradient, row, column, *tables = (t.contiguous() for t in tensors)
+    return axial_attention.axial_attention_pair_backward(
+        row_gradient, column_gradient, row, column, tables, heads, key_dim, scale
+    )
+
+
+def _triton_broadcast_add(v, row, column, activation, negative_slope):
+    from seaattn_kernels.kernels import broadcast_add
+
+    out = _like_map(v)
+    return broadcast_add.broadcast_add(v, row, column, activation, negative_slope, out)
+
+
+def _triton_broadcast_add_backward(gradient, v, row, column, activation, negative_slope):
+    from seaattn_kernels.kernels import broadcast_add
+
+    return broadcast_add.broadcast_add_backward(
+        gradient, v, row, column, activation, negative_slope, _like_map(v)
+    )
+
+
+def _triton_gate(x, y, hard):
+    from seaattn_kernels.kernels import gate
+
+    return gate.gate(*(reference.follow_layout(t, x) for t in (x, y)), hard)
+
+
+def _triton_gate_backward(gradient, x, y, hard):
+    from seaattn_kernels.kernels import gate
+
+    return gate.gate_backward(*(reference.follow_layout(t, x) for t in (gradient, x, y)), hard)
+
+
+_TRITON = {
+    "axial_squeeze": _triton_axial_squeeze,
+    "axial_squeeze_backward": _triton_axial_squeeze_backward,
+    "axial_attention_pair": _triton_axial_attention_pair,
+    "axial_attention_pair_backward": _triton_axial_attention_pair_backward,
+    "broadcast_add": _triton_broadcast_add,
+    "broadcast_add_backward": _triton_broadcast_add_backward,
+    "gate": _triton_gate,
+    "gate_backward": _triton_gate_backward,
+}
+
+
+# --- fakes -----------------------------------------------------------------------------------
+
+
+def _like_map(v, *rest):
+    """An empty map in the layout that an operator gives to one of this layout."""
+    layout = torch.channels_last if reference.is_channels_last(v) else torch.contiguous_format
+    return torch.empty(v.shape, dtype=v.dtype, device=v.device, memory_format=layout)
+
+
+def _fake_axial_squeeze(x):
+    b, c, h, w = x.shape
+    return x.new_empty(b, c, h), x.new_empty(b, c, w)
+
+
+def _fake_axial_squeeze_backward(row, column, channels_last):
+    b, c, h = row.shape
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(
+        (b, c, h, column.shape[2]), dtype=row.dtype, device=row.device, memory_format=layout
+    )
+
+
+def _fake_axial_attention_pair(row, column, row_q, row_k, column_q, column_k, heads, key_dim, s):
+    b, projected, h = row.shape
+    values = projected - 2 * heads * key_dim
+    return row.new_empty(b, values, h), column.new_empty(b, values, column.shape[2])
+
+
+def _fake_axial_attention_pair_backward(row_gradient, column_gradient, *rest):
+    return tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in rest[:6])
+
+
+def _fake_broadcast_add_backward(gradient, v, row, column, activation, negative_slope):
+    return (_like_map(v), row.new_empty(row.shape), column.new_empty(column.shape))
+
+
+def _fake_gate_backward(gradient, x, y, hard):
+    return _like_map(x), _like_map(x)
+
+
+_FAKES = {
+    "axial_squeeze": _fake_axial_squeeze,
+    "axial_squeeze_backward": _fake_axial_squeeze_backward,
+    "axial_attention_pair": _fake_axial_attention_pair,
+    "axial_attention_pair_backward": _fake_axial_attention_pair_backward,
+    "broadcast_add": _like_map,
+    "broadcast_add_backward": _fake_broadcast_add_backward,
+    "gate": _like_map,
+    "gate_backward": _fake_gate_backward,
+}
+
+
+# --- autograd --------------------------------------------------------------------------------
+
+
+def _setup_axial_squeeze(ctx, inputs, output):
+    ctx.channels_last = reference.is_channels_last(inputs[0])
+
+
+def _setup_nothing(ctx, inputs, output):
+    """torch.func asks for one."""
+
+
+def _register_axial_squeeze(backend: str) -> None:
+    """The adjoint of the squeeze is linear, and its own adjoint the squeeze."""
+    squeeze = _overload("axial_squeeze", backend)
+    spread = _overload("axial_squeeze_backward", backend)
+
+    def backward(ctx, grad_row, grad_column):
+        return spread(grad_row, grad_column, ctx.channels_last)
+
+    def double_backward(ctx, grad):
+        return *squeeze(grad), None
+
+    _register_autograd(squeeze, backward, _setup_axial_squeeze)
+    _register_autograd(spread, double_backward, _setup_nothing)
+
+
+def _register_training(name: str, backend: str) -> None:
+    """An operator whose backward operator takes the gradients, then its tensors and numbers."""
+    forward_op, backward_op = _overload(name, backend), _overload(f"{name}_backward", backend)
+
+    def setup(ctx, inputs, output):
+        ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)))
+        ctx.numbers = [value for value in inputs if not isinstance(value, Tensor)]
+
+    def backward(ctx, *gradients):
+        found = backward_op(*gradients, *ctx.saved_tensors, *ctx.numbers)
+        return *found, *[None] * len(ctx.numbers)
+
+    def double_backward(ctx, *gradients):
+        found = _gradients_of_gradients(name, ctx.saved_tensors, ctx.numbers, gradients)
+        return *found, *[None] * len(ctx.numbers)
+
+    _register_autograd(forward_op, backward, setup)
+    _register_autograd(backward_op, double_backward, setup)
+
+
+def _gradients_of_gradients(
+    name: str, tensors: Sequence[Tensor], numbers: Sequence, gradients: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """Of a backward operator, by the reference: ``tensors`` are the gradients it took, then the
+    forward's inputs."""
+    outputs = 2 if name == "axial_attention_pair" else 1
+    with torch.enable_grad():
+        leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+        out = REFERENCE[name](*leaves[outputs:], *numbers)
+        found = torch.autograd.grad(
+            out, leaves[outputs:], leaves[:outputs], create_graph=True, materialize_grads=True
+        )
+        return list(
+            torch.autograd.grad(found, leaves, gradients, allow_unused=True, materialize_grads=True)
+        )
+
+
+def _register_autograd(overload, backward: Callable, setup: Callable) -> None:
+    torch.library.register_autograd(overload._name, backward, setup_context=setup, lib=_LIBRARY)
+
+
+# --- registration ----------------------------------------------------------------------------
+
+
+def _overload(name: str, backend: str) -> torch._ops.OpOverload:
+    return getattr(getattr(torch.ops.seaattn_kernels, name), backend)
+
+
+def _define() -> dict[str, dict[str, torch._ops.OpOverload]]:
+    overloads: dict[str, dict[str, torch._ops.OpOverload]] = {name: {} for name in SCHEMAS}
+    for backend, operators in OPERATORS.items():
+        for name in operators:
+            schemas = [name]
+            if backend != "reference" and f"{name}_backward" in SCHEMAS:
+                schemas.append(f"{name}_backward")
+            for schema in schemas:
+                _LIBRARY.define(f"{schema}.{backend}{SCHEMAS[schema]}")
+                overloads[schema][backend] = _overload(schema, backend)
+    for name, function in REFERENCE.items():
+        _LIBRARY.impl(f"{name}.reference", function, "CompositeImplicitAutograd")
+    _LIBRARY.impl("axial_attention.triton", _triton_axial_attention, "CompositeImplicitAutograd")
+    for name, function in _TRITON.items():
+        for device in ("CUDA", "CPU"):  # on the CPU Triton interprets
+            _LIBRARY.impl(f"{name}.triton", function, device)
+    for name, fake in _FAKES.items():
+        for backend, overload in overloads[name].items():
+            if backend != "reference":
+                torch.library.register_fake(overload._name, fake, lib=_LIBRARY)
+    for backend in ("cpu", "triton"):
+        _register_axial_squeeze(backend)
+    for name in ("axial_attention_pair", "broadcast_add", "gate"):
+        _register_training(name, "triton")
+    return overloads
+
+
+OVERLOADS = _define()

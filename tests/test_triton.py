@@ -1,0 +1,430 @@
+"""The Triton kernels through their operators: interpreted on a CPU, compiled on a GPU.
+
+The interpreter proves indexing and algebra, not rounding and not races.
+"""
+
+import copy
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from seaattn_kernels import SeaAttention, budget, ops, reference, verify
+from seaattn_kernels.kernels import squeeze
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+LOW = (torch.float16, torch.bfloat16, torch.float32)
+CASES = [case for case in verify.OPERATOR_CASES if case.name in ops.OPERATORS["triton"]]
+SMALL = {case.name: case for case in reversed(CASES) if case.shapes[0][-1] > 1}
+
+
+def values(case, tensors, backend="triton"):
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    out = case.run(leaves, backend)
+    return leaves, out
+
+
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_values_and_gradients_keep_the_budget(case, dtype):
+    for verdict in verify.operator_verdicts(case, "triton", dtype, DEVICE):
+        assert verdict.ok, verdict
+
+
+MAPS = {
+    "tiled": (1, 3, 70, 300),
+    "bands": (1, 2, 600, 20),
+    "long row": (2, 1, 3, 1100),
+    "many channels": (1, 200, 3, 5),
+    "column": (2, 5, 37, 1),
+}
+
+
+def _layouts(x):
+    b, c, h, w = x.shape
+    wide = x.new_zeros(b + 1, c + 2, h + 3, w + 4)
+    wide[1:, 1:-1, 2:-1, 3:-1] = x
+    return {
+        "contiguous": x,
+        "channels_last": x.contiguous(memory_format=torch.channels_last),
+        "sliced": wide[1:, 1:-1, 2:-1, 3:-1],
+        "transposed": x.transpose(2, 3).contiguous().transpose(2, 3),
+        "expanded": x[:, :1].expand(b, c, h, w),
+    }
+
+
+@pytest.mark.parametrize("shape", MAPS.values(), ids=MAPS.keys())
+@pytest.mark.parametrize(
+    "layout", ["contiguous", "channels_last", "sliced", "transposed", "expanded"]
+)
+def test_maps_of_any_size_and_stride(shape, layout):
+    x = _layouts(torch.randn(shape, device=DEVICE))[layout]
+    b, c, h, w = shape
+    row, column = torch.randn(b, c, h, device=DEVICE), torch.randn(b, c, w, device=DEVICE)
+    upstream = torch.randn(b, 1, 1, w, device=DEVICE).expand(b, c, h, w)
+    calls = {
+        "squeeze": lambda x, backend: ops.axial_squeeze(x, backend),
+        "broadcast_add": lambda x, backend: ops.broadcast_add(x, row, column, "silu", 0.1, backend),
+        "gate": lambda x, backend: ops.gate(x, 2 * x, True, backend),
+    }
+    for name, call in calls.items():
+        results = []
+        for backend in ("triton", "reference"):
+            leaf = x.detach().requires_grad_()
+            out = call(leaf, backend)
+            gradients = (row, column) if name == "squeeze" else upstream
+            (gradient,) = torch.autograd.grad(out, leaf, gradients)
+            results.append([*(out if isinstance(out, tuple) else (out,)), gradient])
+        for ours, theirs in zip(*results, strict=True):
+            torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=1e-5)
+            assert ours.shape == theirs.shape
+    out = ops.broadcast_add(x, row, column, "relu", backend="triton")
+    assert reference.is_channels_last(out) == reference.is_channels_last(x)
+    assert out.is_contiguous() or reference.is_channels_last(out)
+
+
+def test_bands_are_added_in_a_fixed_order(monkeypatch):
+    x = torch.randn(1, 2, 700, 30, device=DEVICE)
+    monkeypatch.setattr(squeeze, "multiprocessors", lambda device: 64)
+    assert squeeze.bands(2, 700, 64, 128) == 1
+    monkeypatch.setattr(squeeze, "bands", lambda *sizes: 5)
+    row, column = squeeze.axial_squeeze(x)
+    torch.testing.assert_close(row, x.mean(3))
+    torch.testing.assert_close(column, x.mean(2))
+    for _ in range(3):
+        again = squeeze.axial_squeeze(x)
+        assert torch.equal(again[0], row)
+        assert torch.equal(again[1], column)
+
+
+@pytest.mark.parametrize(
+    ("heads", "d", "e", "h", "w", "lengths"),
+    [
+        (1, 2, 4, 1, 1, (16,) * 4),
+        (3, 10, 15, 100, 3, (16, 7, 1, 40)),
+        (2, 20, 40, 65, 64, (16,) * 4),
+        (1, 24, 48, 17, 129, (16,) * 4),
+        (1, 64, 128, 20, 33, (16,) * 4),
+        (4, 16, 5, 8, 8, (8,) * 4),
+    ],
+)
+def test_attention_of_any_size(heads, d, e, h, w, lengths):
+    projected, keys = heads * (2 * d + e), heads * d
+    tensors = [torch.randn(2, projected, n, device=DEVICE) for n in (h, w)]
+    tensors += [torch.randn(1, keys, n, device=DEVICE) for n in lengths]
+    upstream = [torch.randn(2, heads * e, n, device=DEVICE) for n in (h, w)]
+    results = []
+    for backend, dtype in (("triton", torch.float32), ("reference", torch.float64)):
+        leaves = [t.detach().to(dtype).requires_grad_() for t in tensors]
+        out = ops.axial_attention_pair(*leaves[:2], leaves[2:], heads, d, 0.3, backend=backend)
+        found = torch.autograd.grad(out, leaves, [g.to(dtype) for g in upstream])
+        results.append([*out, *found])
+    for ours, truth in zip(*results, strict=True):
+        truth = truth.detach()
+        size = max(1.0, float(truth.abs().max()))
+        torch.testing.assert_close(ours.double(), truth, atol=2e-5 * size, rtol=0)
+
+
+def test_long_axes():
+    row, column = torch.randn(1, 16, 4096, device=DEVICE), torch.randn(1, 16, 2, device=DEVICE)
+    tables = [torch.randn(1, 4, 16, device=DEVICE)] * 4
+    ours, theirs = (
+        ops.axial_attention_pair(row, column, tables, 1, 4, backend=backend)
+        for backend in ("triton", "reference")
+    )
+    for found, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+# --- NaN, kinks, extremes --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_nan_and_infinity_go_through(activation, value):
+    x = torch.randn(1, 2, 3, 5, device=DEVICE)
+    x[0, 1, 2, 3] = value
+    zero = torch.zeros(1, 2, 3, device=DEVICE), torch.zeros(1, 2, 5, device=DEVICE)
+    calls = [
+        lambda x, b: ops.broadcast_add(x, *zero, activation, 0.1, b),
+        lambda x, b: ops.gate(x, torch.ones_like(x), True, b),
+        lambda x, b: ops.gate(x, torch.ones_like(x), False, b),
+        lambda x, b: ops.gate(torch.ones_like(x), x, True, b),
+    ]
+    for call in calls:
+        results = []
+        for backend in ("triton", "reference"):
+            leaf = x.detach().requires_grad_()
+            out = call(leaf, backend)
+            results.append((out, *torch.autograd.grad(out.sum(), leaf)))
+        for ours, theirs in zip(*results, strict=True):
+            torch.testing.assert_close(ours, theirs, equal_nan=True)
+    row, column = ops.axial_squeeze(x, "triton")
+    torch.testing.assert_close(row, x.mean(3), equal_nan=True)
+    torch.testing.assert_close(column, x.mean(2), equal_nan=True)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e4, -1e4])
+@pytest.mark.parametrize("channel", [0, 5, 9])
+def test_attention_of_extreme_values(value, channel):
+    row, column = torch.randn(1, 16, 7, device=DEVICE), torch.randn(1, 16, 5, device=DEVICE)
+    row[0, channel, 3] = value
+    tables = [torch.randn(1, 4, 16, device=DEVICE)] * 4
+    ours, theirs = (
+        ops.axial_attention_pair(row, column, tables, 1, 4, backend=backend)
+        for backend in ("triton", "reference")
+    )
+    for found, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(found, expected, equal_nan=True, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+def test_gradients_at_the_kinks_are_pytorchs(activation):
+    x = torch.tensor([-3.0, 0.0, 3.0, 6.0, -1e-7, 6.1], device=DEVICE).view(1, 1, 1, 6)
+    zero = torch.zeros(1, 1, 1, device=DEVICE), torch.zeros(1, 1, 6, device=DEVICE)
+    for call in (
+        lambda x, b: ops.broadcast_add(x, *zero, activation, 0.1, b),
+        lambda x, b: ops.gate(x, torch.ones_like(x), True, b),
+    ):
+        found = []
+        for backend in ("triton", "reference"):
+            leaf = x.clone().requires_grad_()
+            found.append(torch.autograd.grad(call(leaf, backend).sum(), leaf)[0])
+        torch.testing.assert_close(*found)
+
+
+# --- every element, and no other -------------------------------------------------------------
+
+
+class Guarded:
+    """Allocations full of NaN between two bands that must stay as they are."""
+
+    BAND = 64
+
+    def __init__(self, monkeypatch):
+        self.blocks = []
+        empty = torch.empty
+
+        def allocate(size, dtype, device, layout=torch.contiguous_format):
+            size = torch.Size(size)
+            block = empty(size.numel() + 2 * self.BAND, dtype=dtype, device=device)
+            block.fill_(float("nan"))
+            block[: self.BAND] = block[-self.BAND :] = 12345.0
+            self.blocks.append(block)
+            strides = empty(size, device="meta", memory_format=layout).stride()
+            return block.as_strided(size, strides, self.BAND)
+
+        def new_empty(self_, *size, dtype=None, **_):
+            size = size[0] if isinstance(size[0], (tuple, torch.Size)) else size
+            return allocate(size, dtype or self_.dtype, self_.device)
+
+        def guarded(*size, dtype=None, device=None, memory_format=torch.contiguous_format, **_):
+            size = size[0] if isinstance(size[0], (tuple, torch.Size)) else size
+            if torch.device(device or "cpu").type == "meta":
+                return empty(size, device="meta", memory_format=memory_format)
+            return allocate(size, dtype or torch.float32, device, memory_format)
+
+        def like(x, **_):
+            cl = x.dim() == 4 and reference.is_channels_last(x)
+            layout = torch.channels_last if cl else torch.contiguous_format
+            return allocate(x.shape, x.dtype, x.device, layout)
+
+        monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+        monkeypatch.setattr(torch, "empty", guarded)
+        monkeypatch.setattr(torch, "empty_like", like)
+
+    def check(self):
+        assert self.blocks
+        for block in self.blocks:
+            assert (block[: self.BAND] == 12345.0).all(), "written before its begin"
+            assert (block[-self.BAND :] == 12345.0).all(), "written past its end"
+            assert not block[self.BAND : -self.BAND].isnan().any(), "not all of it written"
+
+
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize(
+    ("case", "channels_last"),
+    [(case, False) for case in CASES]
+    + [(case, True) for case in CASES if len(case.shapes[0]) == 4],
+    ids=str,
+)
+def test_every_element_is_written_and_nothing_else(case, channels_last, dtype, monkeypatch):
+    tensors = case.inputs(0, DEVICE, dtype)
+    if channels_last:
+        tensors = [
+            t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t for t in tensors
+        ]
+    leaves = [t.requires_grad_() for t in tensors]
+    upstream = [torch.randn_like(t) for t in case.run(leaves, "reference")]
+    guarded = Guarded(monkeypatch)
+    out = case.run(leaves, "triton")
+    forward = len(guarded.blocks)
+    torch.autograd.grad(out, leaves, upstream)
+    assert len(guarded.blocks) > forward
+    guarded.check()
+
+
+def test_the_guard_sees_an_element_that_is_not_written(monkeypatch):
+    from seaattn_kernels.kernels import gate
+
+    guarded = Guarded(monkeypatch)
+    monkeypatch.setattr(gate, "_BLOCK", 16)
+    x = torch.ones(1, 1, 4, 4, device=DEVICE)
+    gate.gate(x, x, True)
+    guarded.check()
+    torch.empty(3, device=DEVICE)
+    with pytest.raises(AssertionError, match="not all of it written"):
+        guarded.check()
+
+
+# --- the contract ----------------------------------------------------------------------------
+
+
+def _overload_arguments(case, tensors):
+    if case.name == "broadcast_add":
+        activation, slope = case.arguments
+        return (*tensors, reference.ACTIVATIONS.index(activation), slope)
+    if case.name == "axial_attention_pair":
+        heads, key_dim = case.arguments
+        return (*tensors, heads, key_dim, key_dim**-0.5)
+    return (*tensors, *case.arguments)
+
+
+@pytest.mark.parametrize("case", SMALL.values(), ids=SMALL.keys())
+@pytest.mark.parametrize("gradients", [False, True])
+def test_opcheck(case, gradients):
+    tensors = [t.requires_grad_(gradients) for t in case.inputs(0, DEVICE, torch.float32)]
+    overload = getattr(torch.ops.seaattn_kernels, case.name).triton
+    torch.library.opcheck(overload, _overload_arguments(case, tensors))
+
+
+def test_opcheck_of_the_backward_operators():
+    packet = torch.ops.seaattn_kernels
+    maps = [torch.randn(2, 3, 4, 5, device=DEVICE, requires_grad=True) for _ in range(3)]
+    row = torch.randn(2, 3, 4, device=DEVICE, requires_grad=True)
+    column = torch.randn(2, 3, 5, device=DEVICE, requires_grad=True)
+    torch.library.opcheck(packet.gate_backward.triton, (*maps, False))
+    torch.library.opcheck(packet.broadcast_add_backward.triton, (*maps[:2], row, column, 4, 0.0))
+    torch.library.opcheck(packet.axial_squeeze_backward.triton, (row, column, True))
+    axes = [torch.randn(2, 16, n, device=DEVICE, requires_grad=True) for n in (4, 5)]
+    tables = [torch.randn(1, 4, 6, device=DEVICE, requires_grad=True) for _ in range(4)]
+    gradients = [torch.randn(2, 8, n, device=DEVICE, requires_grad=True) for n in (4, 5)]
+    torch.library.opcheck(
+        packet.axial_attention_pair_backward.triton, (*gradients, *axes, *tables, 1, 4, 0.5)
+    )
+
+
+@pytest.mark.parametrize("case", SMALL.values(), ids=SMALL.keys())
+def test_double_backward_is_the_references(case):
+    tensors = case.inputs(0, DEVICE, torch.float32)
+    found = []
+    for backend in ("triton", "reference"):
+        leaves, out = values(case, tensors, backend)
+        first = torch.autograd.grad(sum((t * t).sum() for t in out), leaves, create_graph=True)
+        found.append(torch.autograd.grad(sum((g * g).sum() for g in first), leaves))
+    for ours, theirs in zip(*found, strict=True):
+        size = max(1.0, float(theirs.abs().max()))
+        torch.testing.assert_close(ours, theirs, atol=1e-4 * size, rtol=0)
+
+
+@pytest.mark.parametrize("case", SMALL.values(), ids=SMALL.keys())
+def test_compiles_to_one_graph_of_any_size(case):
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(fullgraph=True, dynamic=True, backend=counter)
+    def call(*tensors):
+        return case.run(tensors, "triton")
+
+    for seed in range(3):
+        tensors = case.inputs(seed, DEVICE, torch.float32)
+        if len(case.shapes) <= 2:  # arguments of one shape: any other will do
+            tensors = [torch.cat([t] * (1 + seed), dim=-1) for t in tensors]
+        for ours, theirs in zip(call(*tensors), case.run(tensors, "reference"), strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("case", SMALL.values(), ids=SMALL.keys())
+def test_empty_batch(case):
+    tensors = [
+        t[:0] if t.shape[0] != 1 or t.dim() == 4 else t
+        for t in case.inputs(0, DEVICE, torch.float32)
+    ]
+    leaves = [t.requires_grad_() for t in tensors]
+    out = case.run(leaves, "triton")
+    assert all(t.shape[0] == 0 for t in out)
+    found = torch.autograd.grad(sum(t.sum() for t in out), leaves)
+    assert all((g == 0).all() for g in found)
+
+
+def test_refusals(monkeypatch):
+    x = torch.randn(1, 2, 3, 4, device=DEVICE)
+    with pytest.raises(RuntimeError, match="does not compute in float64"):
+        ops.axial_squeeze(x.double(), "triton")
+    if DEVICE == "cpu":
+        monkeypatch.delenv("TRITON_INTERPRET")
+        with pytest.raises(RuntimeError, match="needs a GPU; TRITON_INTERPRET=1"):
+            ops.axial_squeeze(x, "triton")
+    cuda = torch.device("cuda", 0)
+    monkeypatch.setattr(ops, "_capability", lambda device: (7, 5))
+    reason = ops.refusal("gate", "triton", cuda, torch.bfloat16)
+    assert "compute capability 8.0" in reason
+    assert ops.settle("gate", "auto", cuda, torch.float16) == (
+        "reference", "below compute capability 8.0 plain PyTorch is taken",
+    )  # fmt: skip
+    monkeypatch.setattr(ops, "_capability", lambda device: (9, 0))
+    assert ops.settle("gate", "auto", cuda, torch.bfloat16) == ("triton", None)
+    assert ops.settle("sea_attention", "auto", cuda, torch.float32) == ("reference", None)
+    assert ops.refusal("gate", "triton", torch.device("meta"), torch.float32) is not None
+
+
+# --- the block in training -------------------------------------------------------------------
+
+
+BLOCKS = [
+    path
+    for path in sorted(verify.GOLDEN.glob("*.npz"))
+    if verify.load_golden(path).meta["kind"] == "sea_attention"
+]
+
+
+@pytest.mark.parametrize("path", BLOCKS, ids=lambda p: p.stem)
+def test_golden_training_in_float32_keeps_the_budget(path):
+    """Outputs, gradients and running statistics, pooled each, beside eager's."""
+    golden = verify.load_golden(path)
+    found = {}
+    for name in ("triton", "eager"):
+        block = golden.model("triton").float().to(DEVICE).train()
+        x = golden.random("x").float().to(DEVICE).requires_grad_()
+        out = block(x) if name == "triton" else reference.sea_attention(block, x)
+        out.backward(golden.random("dout").float().to(DEVICE))
+        found[name] = {"out": out, "grad/x": x.grad}
+        found[name] |= {f"grad/{key}": p.grad for key, p in block.named_parameters()}
+        found[name] |= {f"buffer/{key}": b for key, b in block.named_buffers()}
+    stored = {
+        name.removeprefix("train/"): value
+        for name, value in golden.arrays.items()
+        if name.startswith("train/")
+    }
+    assert len(stored) > 40
+    for kind in ("out", "grad/", "buffer/"):
+        names = [name for name in stored if name.startswith(kind)]
+        scale = {name: max(1e-3, float(stored[name].abs().max())) for name in names}
+        ours, eager, truth = (
+            [table[name].detach().cpu().double() / scale[name] for name in names]
+            for table in (found["triton"], found["eager"], stored)
+        )
+        verdict = budget.judge(ours, eager, truth, torch.float32, gradient=kind == "grad/")
+        assert verdict.ok, (kind, str(verdict))
+
+
+def test_training_step_runs_on_triton_alone(monkeypatch):
+    block = verify.randomise(SeaAttention(16, 4, 2, backend="triton")).to(DEVICE)
+    twin = copy.deepcopy(block)
+    x = torch.randn(2, 16, 5, 6, device=DEVICE)
+    block(x).square().sum().backward()
+    reference.sea_attention(twin, x).square().sum().backward()
+    for ours, theirs in zip(block.parameters(), twin.parameters(), strict=True):
+        size = max(1.0, float(theirs.grad.abs().max()))
+        torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-4 * size, rtol=0)
