@@ -258,6 +258,8 @@ def _verified(block: nn.Module, x: Tensor, record: _Record) -> bool:
         plain.__dict__.pop("forward", None)
         verdicts = probe.compare(plain, x, record.folds, record.backend, gradients)
     except Exception as error:
+        if record.backend not in ("auto", "reference"):
+            raise  # an explicit backend never gives way
         # Unverified, it runs its own forward, and is compared again at the next call.
         row.reason = f"{kind} could not be compared: {type(error).__name__}: {error}"
         return False

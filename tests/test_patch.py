@@ -1100,6 +1100,14 @@ def test_what_cannot_be_compared_runs_its_own_forward():
     assert all_swapped(ours)
 
 
+def test_an_explicit_backend_that_cannot_run_raises_while_it_is_verified():
+    model = make(dtype=torch.float32)
+    replace_sea_attention(model, backend="triton", verify=True)
+    with pytest.raises(RuntimeError, match="no triton implementation of sea_attention"):
+        evaluated(model, X.float())
+    assert all_swapped(model)
+
+
 def test_a_warning_that_is_an_error_leaves_the_own_forward():
     theirs, ours = make(OtherWhenLarge), make(OtherWhenLarge)
     replace_sea_attention(ours, verify=True)
