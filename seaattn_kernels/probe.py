@@ -152,7 +152,7 @@ def _called(block: nn.Module, x: Tensor, upstream: Tensor | None) -> dict[str, T
     """The results of a block's own forward, which must leave nothing behind."""
     before = _attributes(block)
     try:
-        results = _results(block, lambda x: type(block).forward(block, x), x, upstream)
+        results = _results(block, _forward_of(block), x, upstream)
     except Obstacle:
         raise
     except Exception as error:
@@ -164,6 +164,10 @@ def _called(block: nn.Module, x: Tensor, upstream: Tensor | None) -> dict[str, T
     if kept := [name for name, value in after.items() if before.get(name, x) is not value]:
         raise Obstacle(f"its forward keeps {', '.join(kept)}")
     return results
+
+
+def _forward_of(block: nn.Module) -> Callable[[Tensor], Tensor]:
+    return lambda x: type(block).forward(block, x)
 
 
 def _attributes(block: nn.Module) -> dict[str, object]:
@@ -198,15 +202,19 @@ def _results(
     if backward:
         if not out.requires_grad:
             raise Obstacle("its forward gives no gradients")
-        named = {"x": leaf, **{n: p for n, p in block.named_parameters() if p.requires_grad}}
-        gradients = torch.autograd.grad(
-            out, list(named.values()), upstream.to(out.dtype), materialize_grads=True
-        )
-        results |= {f"gradient of {n}": g for n, g in zip(named, gradients, strict=True)}
+        gradients = _gradients(block, leaf, out, upstream.to(out.dtype))
+        results |= {f"gradient of {name}": gradient for name, gradient in gradients.items()}
     results |= {name: t for name, t in block.named_buffers() if t.is_floating_point()}
     for table, values in zip(tables, before, strict=True):
         table.update(values)
     return results
+
+
+def _gradients(block: nn.Module, x: Tensor, out: Tensor, upstream: Tensor) -> dict[str, Tensor]:
+    """Of the input and of every parameter that wants one."""
+    named = {"x": x, **{n: p for n, p in block.named_parameters() if p.requires_grad}}
+    found = torch.autograd.grad(out, list(named.values()), upstream, materialize_grads=True)
+    return dict(zip(named, found, strict=True))
 
 
 def _relative(found: Mapping, expected: Mapping) -> float:
@@ -274,10 +282,6 @@ def compare(
     return {what: verdict for what, verdict in verdicts.items() if verdict is not None}
 
 
-def _forward_of(block: nn.Module) -> Callable[[Tensor], Tensor]:
-    return lambda x: type(block).forward(block, x)
-
-
 class _Live(NamedTuple):
     outputs: list[Tensor]
     others: dict[str, Tensor]  # gradients and statistics
@@ -304,11 +308,9 @@ def _live_results(
         out = forward(leaf)
         results.outputs.append(out.detach())
         if backward:
-            named = {"x": leaf, **{n: p for n, p in block.named_parameters() if p.requires_grad}}
             upstream = torch.randn(out.shape, generator=generator, device="cpu").to(out)
-            found = torch.autograd.grad(out, list(named.values()), upstream, materialize_grads=True)
-            for name, gradient in zip(named, found, strict=True):
-                results.others[f"{name} {index}"] = gradient
+            found = _gradients(block, leaf, out, upstream)
+            results.others.update((f"{name} {index}", value) for name, value in found.items())
     if backward:
         statistics = block.named_buffers()
         results.others.update((name, t) for name, t in statistics if t.is_floating_point())

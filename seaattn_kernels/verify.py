@@ -240,6 +240,16 @@ class OperatorCase(NamedTuple):
         out = function(*tensors, *self.arguments, backend=backend)
         return out if isinstance(out, tuple) else (out,)
 
+    def overload_arguments(self, tensors: Sequence[Tensor]) -> tuple:
+        """What the public function hands to the registered overload."""
+        if self.name == "broadcast_add":
+            activation, slope = self.arguments
+            return (*tensors, reference.ACTIVATIONS.index(activation), slope)
+        if self.name == "axial_attention_pair":
+            heads, key_dim = self.arguments
+            return (*tensors, heads, key_dim, key_dim**-0.5)
+        return (*tensors, *self.arguments)
+
 
 def _operator_cases() -> Iterator[OperatorCase]:
     for b, c, h, w in (

@@ -42,17 +42,6 @@ def smallest_cases():
 CASES = smallest_cases()
 
 
-def overload_arguments(case, tensors):
-    """What the public function hands to the registered overload."""
-    if case.name == "broadcast_add":
-        activation, slope = case.arguments
-        return (*tensors, reference.ACTIVATIONS.index(activation), slope)
-    if case.name == "axial_attention_pair":
-        heads, key_dim = case.arguments
-        return (*tensors, heads, key_dim, key_dim**-0.5)
-    return (*tensors, *case.arguments)
-
-
 def overload(name, backend="reference"):
     return getattr(getattr(torch.ops.seaattn_kernels, name), backend)
 
@@ -69,7 +58,7 @@ def block_and_input(dtype=torch.float32, channels=16, size=(9, 8)):
 @pytest.mark.parametrize("gradients", [False, True])
 def test_opcheck_reference(case, gradients):
     tensors = [t.requires_grad_(gradients) for t in case.inputs(0, "cpu", torch.float32)]
-    torch.library.opcheck(overload(case.name), overload_arguments(case, tensors))
+    torch.library.opcheck(overload(case.name), case.overload_arguments(tensors))
 
 
 def test_opcheck_block():
@@ -138,7 +127,7 @@ def test_schemas_hold_tensors_and_numbers_only():
 def test_flop_formula_counts_what_the_products_do(case):
     """Without autograd keys the operator is counted by its formula, with them by its parts."""
     tensors = case.inputs(0, "cpu", torch.float32)
-    arguments = overload_arguments(case, tensors)
+    arguments = case.overload_arguments(tensors)
     case.run(tensors, "reference")
     with torch.inference_mode(), FlopCounterMode(display=False) as formula:
         overload(case.name)(*arguments)

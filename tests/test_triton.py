@@ -283,22 +283,12 @@ def test_the_guard_sees_an_element_that_is_not_written(monkeypatch):
 # --- the contract ----------------------------------------------------------------------------
 
 
-def _overload_arguments(case, tensors):
-    if case.name == "broadcast_add":
-        activation, slope = case.arguments
-        return (*tensors, reference.ACTIVATIONS.index(activation), slope)
-    if case.name == "axial_attention_pair":
-        heads, key_dim = case.arguments
-        return (*tensors, heads, key_dim, key_dim**-0.5)
-    return (*tensors, *case.arguments)
-
-
 @pytest.mark.parametrize("case", SMALL.values(), ids=SMALL.keys())
 @pytest.mark.parametrize("gradients", [False, True])
 def test_opcheck(case, gradients):
     tensors = [t.requires_grad_(gradients) for t in case.inputs(0, DEVICE, torch.float32)]
     overload = getattr(torch.ops.seaattn_kernels, case.name).triton
-    torch.library.opcheck(overload, _overload_arguments(case, tensors))
+    torch.library.opcheck(overload, case.overload_arguments(tensors))
 
 
 def test_opcheck_of_the_backward_operators():

@@ -30,7 +30,7 @@ from seaattn_kernels.kernels.launch import OPTIONS, on_device, power_of_2, preci
 
 _LOG2E = tl.constexpr(math.log2(math.e))
 _LN2 = tl.constexpr(math.log(2))
-_RUNTIME = ["B", "H", "W", "row_q_len", "row_k_len", "column_q_len", "column_k_len", "programs"]
+_RUNTIME = ["H", "W", "row_q_len", "row_k_len", "column_q_len", "column_k_len", "programs"]
 
 
 @triton.jit
@@ -58,10 +58,28 @@ def scores(q, k, j, N, PRECISION: tl.constexpr):
     return tl.where(j[None, :] < N, product, float("-inf"))
 
 
+@triton.jit
+def owned(pid, N, HEADS: tl.constexpr, BLOCK: tl.constexpr):
+    """The image, the head and the positions of a program, counted along its axis."""
+    blocks = tl.cdiv(N, BLOCK)
+    b = (pid // blocks // HEADS).to(tl.int64)
+    return b, (pid // blocks) % HEADS, (pid % blocks) * BLOCK + tl.arange(0, BLOCK)
+
+
+@triton.jit
+def online(s, largest, total):
+    """A step of the online softmax: exponentials of ``s``, what earlier sums shrink by, and the
+    running maximum and sum."""
+    now = tl.maximum(largest, tl.max(s, 1))
+    p = tl.exp2(s - now[:, None])
+    shrink = tl.exp2(largest - now)
+    return p, shrink, now, total * shrink + tl.sum(p, 1)
+
+
 @triton.jit(do_not_specialize=[*_RUNTIME, "scale"])
 def attention_kernel(
     row_ptr, column_ptr, row_q_ptr, row_k_ptr, column_q_ptr, column_k_ptr,
-    row_out_ptr, column_out_ptr, B, H, W, row_q_len, row_k_len, column_q_len, column_k_len,
+    row_out_ptr, column_out_ptr, H, W, row_q_len, row_k_len, column_q_len, column_k_len,
     programs, scale, HEADS: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -73,9 +91,7 @@ def attention_kernel(
         x_ptr, q_table, k_table, out_ptr = column_ptr, column_q_ptr, column_k_ptr, column_out_ptr
         N, q_len, k_len = W, column_q_len, column_k_len
         pid -= programs
-    blocks = tl.cdiv(N, BLOCK)
-    head = (pid // blocks) % HEADS
-    b = (pid // blocks // HEADS).to(tl.int64)
+    b, head, i = owned(pid, N, HEADS, BLOCK)
     x_ptr += b * (HEADS * (2 * D + E) * N)
     q_ptr = x_ptr + head * D * N
     k_ptr = x_ptr + (HEADS + head) * D * N
@@ -86,7 +102,6 @@ def attention_kernel(
 
     d = tl.arange(0, BLOCK_D)
     e = tl.arange(0, BLOCK_E)
-    i = (pid % blocks) * BLOCK + tl.arange(0, BLOCK)
     inside = (i[:, None] < N) & (d[None, :] < D)
     q = load(q_ptr, q_table, d[None, :], i[:, None], N, q_len, inside) * (scale * _LOG2E)
     largest = tl.full([BLOCK], float("-inf"), tl.float32)
@@ -99,12 +114,8 @@ def attention_kernel(
         in_e = (j[:, None] < N) & (e[None, :] < E)
         v = tl.load(v_ptr + e[None, :] * N + j[:, None], mask=in_e, other=0.0).to(tl.float32)
         s = scores(q, k, j, N, PRECISION)
-        now = tl.maximum(largest, tl.max(s, 1))
-        p = tl.exp2(s - now[:, None])
-        shrink = tl.exp2(largest - now)
-        total = total * shrink + tl.sum(p, 1)
+        p, shrink, largest, total = online(s, largest, total)
         out = out * shrink[:, None] + tl.dot(p, v, input_precision=PRECISION)
-        largest = now
     inside = (i[:, None] < N) & (e[None, :] < E)
     out = (out / total[:, None]).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + e[None, :] * N + i[:, None], out, mask=inside)
@@ -114,7 +125,7 @@ def attention_kernel(
 def statistics_kernel(
     row_ptr, column_ptr, row_q_ptr, row_k_ptr, column_q_ptr, column_k_ptr,
     row_gradient_ptr, column_gradient_ptr, row_statistics_ptr, column_statistics_ptr,
-    B, H, W, row_q_len, row_k_len, column_q_len, column_k_len, programs, scale,
+    H, W, row_q_len, row_k_len, column_q_len, column_k_len, programs, scale,
     HEADS: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -130,9 +141,7 @@ def statistics_kernel(
         out_ptr = column_statistics_ptr
         N, q_len, k_len = W, column_q_len, column_k_len
         pid -= programs
-    blocks = tl.cdiv(N, BLOCK)
-    head = (pid // blocks) % HEADS
-    b = (pid // blocks // HEADS).to(tl.int64)
+    b, head, i = owned(pid, N, HEADS, BLOCK)
     x_ptr += b * (HEADS * (2 * D + E) * N)
     q_ptr = x_ptr + head * D * N
     k_ptr = x_ptr + (HEADS + head) * D * N
@@ -144,7 +153,6 @@ def statistics_kernel(
 
     d = tl.arange(0, BLOCK_D)
     e = tl.arange(0, BLOCK_E)
-    i = (pid % blocks) * BLOCK + tl.arange(0, BLOCK)
     inside = (i[:, None] < N) & (d[None, :] < D)
     q = load(q_ptr, q_table, d[None, :], i[:, None], N, q_len, inside) * (scale * _LOG2E)
     inside = (i[:, None] < N) & (e[None, :] < E)
@@ -160,13 +168,9 @@ def statistics_kernel(
         in_e = (j[None, :] < N) & (e[:, None] < E)
         v = tl.load(v_ptr + e[:, None] * N + j[None, :], mask=in_e, other=0.0).to(tl.float32)
         s = scores(q, k, j, N, PRECISION)
-        now = tl.maximum(largest, tl.max(s, 1))
-        p = tl.exp2(s - now[:, None])
-        shrink = tl.exp2(largest - now)
-        total = total * shrink + tl.sum(p, 1)
+        p, shrink, largest, total = online(s, largest, total)
         dp = tl.dot(gradient, v, input_precision=PRECISION)
         delta = delta * shrink + tl.sum(p * dp, 1)
-        largest = now
     tl.store(out_ptr + i, largest + tl.log2(total), mask=i < N)
     tl.store(out_ptr + N + i, delta / total, mask=i < N)
 
@@ -176,7 +180,7 @@ def attention_backward_kernel(
     row_ptr, column_ptr, row_q_ptr, row_k_ptr, column_q_ptr, column_k_ptr,
     row_gradient_ptr, column_gradient_ptr, row_statistics_ptr, column_statistics_ptr,
     row_out_ptr, column_out_ptr,
-    B, H, W, row_q_len, row_k_len, column_q_len, column_k_len, programs, scale,
+    H, W, row_q_len, row_k_len, column_q_len, column_k_len, programs, scale,
     HEADS: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -192,9 +196,7 @@ def attention_backward_kernel(
         statistics_ptr, out_ptr = column_statistics_ptr, column_out_ptr
         N, q_len, k_len = W, column_q_len, column_k_len
         pid -= programs
-    blocks = tl.cdiv(N, BLOCK)
-    head = (pid // blocks) % HEADS
-    b = (pid // blocks // HEADS).to(tl.int64)
+    b, head, i = owned(pid, N, HEADS, BLOCK)
     x_ptr += b * (HEADS * (2 * D + E) * N)
     out_ptr += b * (HEADS * (2 * D + E) * N)
     q_at = head * D * N
@@ -207,7 +209,6 @@ def attention_backward_kernel(
 
     d = tl.arange(0, BLOCK_D)
     e = tl.arange(0, BLOCK_E)
-    i = (pid % blocks) * BLOCK + tl.arange(0, BLOCK)
     of_d = (i[:, None] < N) & (d[None, :] < D)
     of_e = (i[:, None] < N) & (e[None, :] < E)
     q = load(x_ptr + q_at, q_table, d[None, :], i[:, None], N, q_len, of_d) * (scale * _LOG2E)
@@ -255,7 +256,7 @@ def attention_backward_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["B", "projected", "width", "H", "W", *_RUNTIME[3:7]])
+@triton.jit(do_not_specialize=["B", "projected", "width", "H", "W", *_RUNTIME[2:6]])
 def tables_kernel(
     row_ptr, column_ptr, row_q_ptr, row_k_ptr, column_q_ptr, column_k_ptr,
     B, projected, width, H, W, row_q_len, row_k_len, column_q_len, column_k_len,
@@ -309,7 +310,7 @@ def _sizes(row: Tensor, column: Tensor, tables: list[Tensor], heads: int, key_di
     block = power_of_2(max(h, w), least=16, most=32 if wide <= 96 else 16)
     warps = 4 if block == 16 and wide <= 48 else 8
     programs, others = (b * heads * triton.cdiv(n, block) for n in (h, w))
-    runtime = (b, h, w, *(table.shape[2] for table in tables), programs)
+    runtime = (h, w, *(table.shape[2] for table in tables), programs)
     constants = {
         "HEADS": heads, "D": key_dim, "E": value_dim, "BLOCK": block, "BLOCK_D": block_d,
         "BLOCK_E": block_e, "PRECISION": precision(row), "num_warps": warps, **OPTIONS,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from seaattn_kernels.kernels import squeeze
 from seaattn_kernels.kernels.launch import OPTIONS, on_device
+from seaattn_kernels.kernels.squeeze import place
 
 # The codes of ``reference.ACTIVATIONS``.
 _IDENTITY, _RELU, _RELU6, _LEAKY_RELU, _SILU = (tl.constexpr(code) for code in range(5))
@@ -56,22 +57,12 @@ def activate_backward(gradient, z, slope, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def _place(C, H, W, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr):
-    """The image and the corner of this program's tile, in 64 bits."""
-    pid = tl.program_id(0)
-    across = tl.cdiv(W, BLOCK_W)
-    w0 = (pid % across) * BLOCK_W
-    pid = pid // across
-    down = tl.cdiv(H, BLOCK_H)
-    h0 = (pid % down) * BLOCK_H
-    pid = pid // down
-    blocks = tl.cdiv(C, BLOCK_C)
-    return (
-        (pid // blocks).to(tl.int64),
-        ((pid % blocks) * BLOCK_C).to(tl.int64),
-        h0.to(tl.int64),
-        w0.to(tl.int64),
-    )
+def total(v_ptr, row_ptr, column_ptr, c_in, h_in, w_in):
+    """``z`` in float32, from pointers to every element and what lies inside the map."""
+    v = tl.load(v_ptr, mask=c_in & h_in & w_in, other=0.0)
+    row = tl.load(row_ptr, mask=c_in & h_in, other=0.0)
+    column = tl.load(column_ptr, mask=c_in & w_in, other=0.0)
+    return v.to(tl.float32) + (row.to(tl.float32) + column.to(tl.float32))
 
 
 @triton.jit(do_not_specialize=["C", "H", "W", "slope"])
@@ -81,7 +72,7 @@ def broadcast_add_kernel(
     out_b, out_c, out_h, out_w, ACTIVATION: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    b, c0, h0, w0 = _place(C, H, W, BLOCK_C, BLOCK_H, BLOCK_W)
+    b, c0, h0, w0 = place(C, H, W, BLOCK_C, BLOCK_H, BLOCK_W)
     c = tl.arange(0, BLOCK_C)[:, None, None]
     h = tl.arange(0, BLOCK_H)[None, :, None]
     w = tl.arange(0, BLOCK_W)[None, None, :]
@@ -90,10 +81,10 @@ def broadcast_add_kernel(
     v_ptr += b * v_b + c0 * v_c + h0 * v_h + w0 * v_w
     row_ptr += b * row_b + c0 * row_c + h0 * row_h
     column_ptr += b * column_b + c0 * column_c + w0 * column_w
-    v = tl.load(v_ptr + (c * v_c + h * v_h + w * v_w), mask=inside, other=0.0)
-    row = tl.load(row_ptr + (c * row_c + h * row_h), mask=c_in & h_in, other=0.0)
-    column = tl.load(column_ptr + (c * column_c + w * column_w), mask=c_in & w_in, other=0.0)
-    z = v.to(tl.float32) + (row.to(tl.float32) + column.to(tl.float32))
+    z = total(
+        v_ptr + (c * v_c + h * v_h + w * v_w), row_ptr + (c * row_c + h * row_h),
+        column_ptr + (c * column_c + w * column_w), c_in, h_in, w_in,
+    )  # fmt: skip
     out_ptr += b * out_b + c0 * out_c + h0 * out_h + w0 * out_w
     tl.store(
         out_ptr + (c * out_c + h * out_h + w * out_w),
@@ -110,7 +101,7 @@ def broadcast_add_backward_kernel(
     ACTIVATION: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    b, c0, h0, w0 = _place(C, H, W, BLOCK_C, BLOCK_H, BLOCK_W)
+    b, c0, h0, w0 = place(C, H, W, BLOCK_C, BLOCK_H, BLOCK_W)
     c = tl.arange(0, BLOCK_C)[:, None, None]
     h = tl.arange(0, BLOCK_H)[None, :, None]
     w = tl.arange(0, BLOCK_W)[None, None, :]
@@ -123,10 +114,10 @@ def broadcast_add_backward_kernel(
     gradient = tl.load(
         gradient_ptr + (c * gradient_c + h * gradient_h + w * gradient_w), mask=inside, other=0.0
     )
-    v = tl.load(v_ptr + (c * v_c + h * v_h + w * v_w), mask=inside, other=0.0)
-    row = tl.load(row_ptr + (c * row_c + h * row_h), mask=c_in & h_in, other=0.0)
-    column = tl.load(column_ptr + (c * column_c + w * column_w), mask=c_in & w_in, other=0.0)
-    z = v.to(tl.float32) + (row.to(tl.float32) + column.to(tl.float32))
+    z = total(
+        v_ptr + (c * v_c + h * v_h + w * v_w), row_ptr + (c * row_c + h * row_h),
+        column_ptr + (c * column_c + w * column_w), c_in, h_in, w_in,
+    )  # fmt: skip
     out_ptr += b * out_b + c0 * out_c + h0 * out_h + w0 * out_w
     tl.store(
         out_ptr + (c * out_c + h * out_h + w * out_w),

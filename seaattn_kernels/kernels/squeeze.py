@@ -73,6 +73,25 @@ def combine_kernel(parts_ptr, out_ptr, n, parts, scale, BLOCK: tl.constexpr):
     tl.store(out_ptr + at, (total * scale).to(out_ptr.dtype.element_ty), mask=at < n)
 
 
+@triton.jit
+def place(C, H, W, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr):
+    """The image and the corner of this program's tile, in 64 bits."""
+    pid = tl.program_id(0)
+    across = tl.cdiv(W, BLOCK_W)
+    w0 = (pid % across) * BLOCK_W
+    pid = pid // across
+    down = tl.cdiv(H, BLOCK_H)
+    h0 = (pid % down) * BLOCK_H
+    pid = pid // down
+    blocks = tl.cdiv(C, BLOCK_C)
+    return (
+        (pid // blocks).to(tl.int64),
+        ((pid % blocks) * BLOCK_C).to(tl.int64),
+        h0.to(tl.int64),
+        w0.to(tl.int64),
+    )
+
+
 @triton.jit(do_not_specialize=["C", "H", "W"])
 def spread_kernel(
     row_ptr, column_ptr, x_ptr, C, H, W, row_scale, column_scale,
@@ -83,31 +102,21 @@ def spread_kernel(
 
     Derivation: the gradient of a mean over W reaches each of its W summands divided by W.
     """
-    pid = tl.program_id(0)
-    across = tl.cdiv(W, BLOCK_W)
-    w0 = (pid % across) * BLOCK_W
-    pid = pid // across
-    down = tl.cdiv(H, BLOCK_H)
-    h0 = (pid % down) * BLOCK_H
-    pid = pid // down
-    blocks = tl.cdiv(C, BLOCK_C)
-    b = (pid // blocks).to(tl.int64)
-    c0 = (pid % blocks) * BLOCK_C
+    b, c0, h0, w0 = place(C, H, W, BLOCK_C, BLOCK_H, BLOCK_W)
     c = tl.arange(0, BLOCK_C)[:, None, None]
     h = tl.arange(0, BLOCK_H)[None, :, None]
     w = tl.arange(0, BLOCK_W)[None, None, :]
     c_in, h_in, w_in = c0 + c < C, h0 + h < H, w0 + w < W
-    c64, h64, w64 = c0.to(tl.int64), h0.to(tl.int64), w0.to(tl.int64)
     row = tl.load(
-        row_ptr + b * row_b + c64 * row_c + h64 * row_h + (c * row_c + h * row_h),
+        row_ptr + b * row_b + c0 * row_c + h0 * row_h + (c * row_c + h * row_h),
         mask=c_in & h_in, other=0.0,
     )  # fmt: skip
     column = tl.load(
-        column_ptr + b * column_b + c64 * column_c + w64 * column_w + (c * column_c + w * column_w),
+        column_ptr + b * column_b + c0 * column_c + w0 * column_w + (c * column_c + w * column_w),
         mask=c_in & w_in, other=0.0,
     )  # fmt: skip
     value = row.to(tl.float32) * row_scale + column.to(tl.float32) * column_scale
-    start = b * stride_b + c64 * stride_c + h64 * stride_h + w64 * stride_w
+    start = b * stride_b + c0 * stride_c + h0 * stride_h + w0 * stride_w
     tl.store(
         x_ptr + start + (c * stride_c + h * stride_h + w * stride_w),
         value.to(x_ptr.dtype.element_ty),
