@@ -1,7 +1,9 @@
-"""Measure attention blocks and write a result file, or draw one."""
+"""Measure attention blocks, draw a result file, or compile the Triton kernels without a GPU."""
 
 import argparse
+import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -54,6 +56,17 @@ def _parser() -> argparse.ArgumentParser:
     draw = commands.add_parser("plot", help="draw the chart of a result file")
     draw.add_argument("results", type=Path)
     draw.add_argument("--out", type=Path, help="PNG (beside the result file)")
+    static = commands.add_parser(
+        "static", help="compile the Triton kernels for GPUs that need not be here"
+    )
+    static.add_argument("--targets", nargs="+", metavar="TARGET", help="default: all")
+    static.add_argument("--kernels", nargs="+", metavar="KERNEL", help="default: all")
+    static.add_argument(
+        "--all", action="store_true",
+        help="every configuration on every target; default: on sm_80 and sm_90, one elsewhere",
+    )  # fmt: skip
+    static.add_argument("--processes", type=positive_argument, help="default: one a core")
+    static.add_argument("--out", type=Path, help="JSON of the table")
     return parser
 
 
@@ -122,10 +135,36 @@ def run(arguments: argparse.Namespace) -> int:
     return status
 
 
+def static(arguments: argparse.Namespace) -> int:
+    """Print the table; non-zero where a kernel does not compile, spills or needs too much."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        sys.exit("TRITON_INTERPRET=1 interprets kernels: unset it to compile them")
+    from bench import static
+
+    for given, known in (
+        (arguments.targets, tuple(static.TARGETS)), (arguments.kernels, static.kernel_names()),
+    ):  # fmt: skip
+        if unknown := set(given or ()) - set(known):
+            sys.exit(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    rows = static.compile_all(
+        arguments.targets or list(static.TARGETS),
+        arguments.kernels,
+        list(static.TARGETS) if arguments.all else static.FULL,
+        arguments.processes,
+    )
+    print(static.table(rows))
+    if arguments.out:
+        results.write(arguments.out, results.document(map(asdict, rows), torch.device("cpu")))
+        print(arguments.out)
+    return int(any(row.wrong for row in rows) or not rows)
+
+
 def main() -> int:
     arguments = _parser().parse_args()
     if arguments.command == "run":
         return run(arguments)
+    if arguments.command == "static":
+        return static(arguments)
     chart = arguments.out or arguments.results.with_suffix(".png")
     try:
         print(plot(results.read(arguments.results), chart))

@@ -39,6 +39,8 @@ from seaattn_kernels.overloads import OPERATORS, OVERLOADS, REFERENCE
 
 BACKENDS = ("auto", "reference", "triton", "cpu", "cuda")
 
+#: D and E of the widest heads whose tiles fit into the registers of a GPU.
+WIDEST_HEAD = (64, 128)
 #: What "auto" stands for; "auto" here means the best backend of the tensor's device.
 _AUTO = os.environ.get("SEAATTN_BACKEND") or "auto"
 
@@ -112,8 +114,17 @@ def _register_flop_formulas() -> None:
 _warned: set[str] = set()
 
 
-def refusal(operator: str, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why ``backend`` cannot run ``operator`` on such tensors, or None where it can."""
+def refusal(
+    operator: str,
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    head: tuple[int, int] = (0, 0),
+) -> str | None:
+    """Why ``backend`` cannot run ``operator`` on such tensors, or None where it can.
+
+    ``head``: D and E of an attention.
+    """
     if backend == "reference":
         return None
     if operator not in OPERATORS[backend]:
@@ -124,16 +135,18 @@ def refusal(operator: str, backend: str, device: torch.device, dtype: torch.dtyp
         return native.REASON
     if backend == "cpu" and device.type != "cpu":
         return f"backend 'cpu' needs CPU tensors, got {device}"
-    if backend == "triton" and (reason := _triton_refusal(device, dtype)):
+    if backend == "triton" and (reason := _triton_refusal(device, dtype, head)):
         return reason
     if dtype is torch.float64:
         return f"backend {backend!r} does not compute in float64; 'reference' does"
     return None
 
 
-def _triton_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+def _triton_refusal(device: torch.device, dtype: torch.dtype, head: tuple[int, int]) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
+    if head[0] > WIDEST_HEAD[0] or head[1] > WIDEST_HEAD[1]:
+        return f"backend 'triton' takes heads of at most D, E = {WIDEST_HEAD}, got {head}"
     if device.type == "cpu":
         if os.environ.get("TRITON_INTERPRET") == "1":
             return None
@@ -176,7 +189,11 @@ def check_backend(backend: str) -> None:
 
 
 def settle(
-    operator: str, backend: str, device: torch.device, dtype: torch.dtype
+    operator: str,
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    head: tuple[int, int] = (0, 0),
 ) -> tuple[str, str | None]:
     """The backend that runs, and for "auto" why it is not the one that was preferred.
 
@@ -184,19 +201,25 @@ def settle(
     """
     check_backend(backend)
     if backend != "auto":
-        if reason := refusal(operator, backend, device, dtype):
+        if reason := refusal(operator, backend, device, dtype, head):
             raise RuntimeError(f"{operator}: {reason}")
         return backend, None
     if _AUTO not in BACKENDS:
         raise ValueError(f"SEAATTN_BACKEND must be one of {BACKENDS}, got {_AUTO!r}")
     preferred, reason = (_AUTO, None) if _AUTO != "auto" else _preferred(operator, device)
-    reason = reason or refusal(operator, preferred, device, dtype)
+    reason = reason or refusal(operator, preferred, device, dtype, head)
     return ("reference" if reason else preferred), reason
 
 
-def choose(operator: str, backend: str, device: torch.device, dtype: torch.dtype) -> str:
+def choose(
+    operator: str,
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    head: tuple[int, int] = (0, 0),
+) -> str:
     """The backend that runs; "auto" warns once a reason where it falls back to the reference."""
-    chosen, reason = settle(operator, backend, device, dtype)
+    chosen, reason = settle(operator, backend, device, dtype, head)
     if reason is not None:
         quiet = dtype is torch.float64 or torch.compiler.is_compiling() or transformed()
         if not quiet and reason not in _warned:
@@ -205,10 +228,10 @@ def choose(operator: str, backend: str, device: torch.device, dtype: torch.dtype
     return chosen
 
 
-def _overload(operator: str, backend: str, x: Tensor) -> Callable:
+def _overload(operator: str, backend: str, x: Tensor, head: tuple[int, int] = (0, 0)) -> Callable:
     if not torch.compiler.is_compiling() and "torch.utils.flop_counter" in sys.modules:
         _register_flop_formulas()
-    chosen = choose(operator, backend, x.device, x.dtype)
+    chosen = choose(operator, backend, x.device, x.dtype, head)
     return REFERENCE[operator] if transformed() else OVERLOADS[operator][chosen]
 
 
@@ -264,7 +287,7 @@ def axial_attention(
     check_divides(heads, q=q, v=v)
     check_number("scale", scale)
     q, k, v = unify("q k v", (q, k, v), cast=True)
-    overload = _overload("axial_attention", backend, q)
+    overload = _overload("axial_attention", backend, q, (q.shape[1] // heads, v.shape[1] // heads))
     with autocast_off(q.device):
         return overload(q, k, v, heads, scale)
 
@@ -318,7 +341,8 @@ def axial_attention_pair(
         check_tensor(name, table, "1, heads*D, P")
         check_shape(name, table, (1, heads * key_dim, table.shape[2]), "(1, heads*D, P)")
     tensors = unify(names, (row, column, *tables), cast=True)
-    overload = _overload("axial_attention_pair", backend, tensors[0])
+    head = (key_dim, row.shape[1] // heads - 2 * key_dim)
+    overload = _overload("axial_attention_pair", backend, tensors[0], head)
     with autocast_off(row.device):
         return overload(*tensors, heads, key_dim, scale)
 

@@ -73,8 +73,9 @@ def _settle(row: Row, parts: Anatomy, backend: str) -> None:
         return
     row.backend, row.reason = backend, None
     refused = ops.refusal("sea_attention", backend, device, dtype)
+    head = parts.key_dim, parts.value_dim
     for operator in _TRAINING_OPERATORS:
-        if refused and (reason := ops.refusal(operator, backend, device, dtype)):
+        if refused and (reason := ops.refusal(operator, backend, device, dtype, head)):
             name = row.name or "the model"
             raise RuntimeError(
                 f"backend {backend!r} can run {name} neither in eval mode nor in "

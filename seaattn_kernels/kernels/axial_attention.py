@@ -26,11 +26,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from seaattn_kernels.kernels.launch import OPTIONS, on_device, power_of_2, precision
+from seaattn_kernels.kernels.launch import launch, power_of_2, precision
 
 _LOG2E = tl.constexpr(math.log2(math.e))
 _LN2 = tl.constexpr(math.log(2))
-_RUNTIME = ["H", "W", "row_q_len", "row_k_len", "column_q_len", "column_k_len", "programs"]
+_RUNTIME = ["H", "W", "row_q_len", "row_k_len", "column_q_len", "column_k_len"]
+_RUNTIME += ["programs", "scale", "heads"]
 
 
 @triton.jit
@@ -59,11 +60,11 @@ def scores(q, k, j, N, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def owned(pid, N, HEADS: tl.constexpr, BLOCK: tl.constexpr):
+def owned(pid, N, heads, BLOCK: tl.constexpr):
     """The image, the head and the positions of a program, counted along its axis."""
     blocks = tl.cdiv(N, BLOCK)
-    b = (pid // blocks // HEADS).to(tl.int64)
-    return b, (pid // blocks) % HEADS, (pid % blocks) * BLOCK + tl.arange(0, BLOCK)
+    b = (pid // blocks // heads).to(tl.int64)
+    return b, (pid // blocks) % heads, (pid % blocks) * BLOCK + tl.arange(0, BLOCK)
 
 
 @triton.jit
@@ -76,11 +77,11 @@ def online(s, largest, total):
     return p, shrink, now, total * shrink + tl.sum(p, 1)
 
 
-@triton.jit(do_not_specialize=[*_RUNTIME, "scale"])
+@triton.jit(do_not_specialize=_RUNTIME)
 def attention_kernel(
     row_ptr, column_ptr, row_q_ptr, row_k_ptr, column_q_ptr, column_k_ptr,
     row_out_ptr, column_out_ptr, H, W, row_q_len, row_k_len, column_q_len, column_k_len,
-    programs, scale, HEADS: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr,
+    programs, scale, heads, D: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
@@ -91,14 +92,14 @@ def attention_kernel(
         x_ptr, q_table, k_table, out_ptr = column_ptr, column_q_ptr, column_k_ptr, column_out_ptr
         N, q_len, k_len = W, column_q_len, column_k_len
         pid -= programs
-    b, head, i = owned(pid, N, HEADS, BLOCK)
-    x_ptr += b * (HEADS * (2 * D + E) * N)
+    b, head, i = owned(pid, N, heads, BLOCK)
+    x_ptr += b * (heads * (2 * D + E) * N)
     q_ptr = x_ptr + head * D * N
-    k_ptr = x_ptr + (HEADS + head) * D * N
-    v_ptr = x_ptr + (2 * HEADS * D + head * E) * N
+    k_ptr = x_ptr + (heads + head) * D * N
+    v_ptr = x_ptr + (2 * heads * D + head * E) * N
     q_table += head * D * q_len
     k_table += head * D * k_len
-    out_ptr += b * (HEADS * E * N) + head * E * N
+    out_ptr += b * (heads * E * N) + head * E * N
 
     d = tl.arange(0, BLOCK_D)
     e = tl.arange(0, BLOCK_E)
@@ -121,15 +122,15 @@ def attention_kernel(
     tl.store(out_ptr + e[None, :] * N + i[:, None], out, mask=inside)
 
 
-@triton.jit(do_not_specialize=[*_RUNTIME, "scale"])
+@triton.jit(do_not_specialize=_RUNTIME)
 def statistics_kernel(
     row_ptr, column_ptr, row_q_ptr, row_k_ptr, column_q_ptr, column_k_ptr,
     row_gradient_ptr, column_gradient_ptr, row_statistics_ptr, column_statistics_ptr,
-    H, W, row_q_len, row_k_len, column_q_len, column_k_len, programs, scale,
-    HEADS: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr,
+    H, W, row_q_len, row_k_len, column_q_len, column_k_len, programs, scale, heads,
+    D: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Of each query the logarithm (base 2) of its normaliser, and delta: ``(B, HEADS, 2, N)``."""
+    """Of each query the logarithm (base 2) of its normaliser, and delta: ``(B, heads, 2, N)``."""
     pid = tl.program_id(0)
     if pid < programs:
         x_ptr, q_table, k_table, gradient_ptr = row_ptr, row_q_ptr, row_k_ptr, row_gradient_ptr
@@ -141,15 +142,15 @@ def statistics_kernel(
         out_ptr = column_statistics_ptr
         N, q_len, k_len = W, column_q_len, column_k_len
         pid -= programs
-    b, head, i = owned(pid, N, HEADS, BLOCK)
-    x_ptr += b * (HEADS * (2 * D + E) * N)
+    b, head, i = owned(pid, N, heads, BLOCK)
+    x_ptr += b * (heads * (2 * D + E) * N)
     q_ptr = x_ptr + head * D * N
-    k_ptr = x_ptr + (HEADS + head) * D * N
-    v_ptr = x_ptr + (2 * HEADS * D + head * E) * N
+    k_ptr = x_ptr + (heads + head) * D * N
+    v_ptr = x_ptr + (2 * heads * D + head * E) * N
     q_table += head * D * q_len
     k_table += head * D * k_len
-    gradient_ptr += b * (HEADS * E * N) + head * E * N
-    out_ptr += b * (HEADS * 2 * N) + head * 2 * N
+    gradient_ptr += b * (heads * E * N) + head * E * N
+    out_ptr += b * (heads * 2 * N) + head * 2 * N
 
     d = tl.arange(0, BLOCK_D)
     e = tl.arange(0, BLOCK_E)
@@ -175,13 +176,13 @@ def statistics_kernel(
     tl.store(out_ptr + N + i, delta / total, mask=i < N)
 
 
-@triton.jit(do_not_specialize=[*_RUNTIME, "scale"])
+@triton.jit(do_not_specialize=_RUNTIME)
 def attention_backward_kernel(
     row_ptr, column_ptr, row_q_ptr, row_k_ptr, column_q_ptr, column_k_ptr,
     row_gradient_ptr, column_gradient_ptr, row_statistics_ptr, column_statistics_ptr,
     row_out_ptr, column_out_ptr,
-    H, W, row_q_len, row_k_len, column_q_len, column_k_len, programs, scale,
-    HEADS: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr,
+    H, W, row_q_len, row_k_len, column_q_len, column_k_len, programs, scale, heads,
+    D: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradients of q, k and v, in the places of q, k and v in the axis vectors."""
@@ -196,24 +197,22 @@ def attention_backward_kernel(
         statistics_ptr, out_ptr = column_statistics_ptr, column_out_ptr
         N, q_len, k_len = W, column_q_len, column_k_len
         pid -= programs
-    b, head, i = owned(pid, N, HEADS, BLOCK)
-    x_ptr += b * (HEADS * (2 * D + E) * N)
-    out_ptr += b * (HEADS * (2 * D + E) * N)
+    b, head, i = owned(pid, N, heads, BLOCK)
+    x_ptr += b * (heads * (2 * D + E) * N)
+    out_ptr += b * (heads * (2 * D + E) * N)
     q_at = head * D * N
-    k_at = (HEADS + head) * D * N
-    v_at = (2 * HEADS * D + head * E) * N
+    k_at = (heads + head) * D * N
+    v_at = (2 * heads * D + head * E) * N
     q_table += head * D * q_len
     k_table += head * D * k_len
-    gradient_ptr += b * (HEADS * E * N) + head * E * N
-    statistics_ptr += b * (HEADS * 2 * N) + head * 2 * N
+    gradient_ptr += b * (heads * E * N) + head * E * N
+    statistics_ptr += b * (heads * 2 * N) + head * 2 * N
 
     d = tl.arange(0, BLOCK_D)
     e = tl.arange(0, BLOCK_E)
     of_d = (i[:, None] < N) & (d[None, :] < D)
     of_e = (i[:, None] < N) & (e[None, :] < E)
     q = load(x_ptr + q_at, q_table, d[None, :], i[:, None], N, q_len, of_d) * (scale * _LOG2E)
-    k = load(x_ptr + k_at, k_table, d[None, :], i[:, None], N, k_len, of_d)
-    v = tl.load(x_ptr + v_at + e[None, :] * N + i[:, None], mask=of_e, other=0.0).to(tl.float32)
     do = tl.load(gradient_ptr + e[None, :] * N + i[:, None], mask=of_e, other=0.0).to(tl.float32)
     normaliser = tl.load(statistics_ptr + i, mask=i < N, other=0.0)
     delta = tl.load(statistics_ptr + N + i, mask=i < N, other=0.0)
@@ -231,6 +230,8 @@ def attention_backward_kernel(
     dq = (dq * scale).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + q_at + d[None, :] * N + i[:, None], dq, mask=of_d)
 
+    k = load(x_ptr + k_at, k_table, d[None, :], i[:, None], N, k_len, of_d)
+    v = tl.load(x_ptr + v_at + e[None, :] * N + i[:, None], mask=of_e, other=0.0).to(tl.float32)
     dk = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK, BLOCK_E], tl.float32)
     for start in range(0, N, BLOCK):
@@ -256,7 +257,7 @@ def attention_backward_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["B", "projected", "width", "H", "W", *_RUNTIME[2:6]])
+@triton.jit(do_not_specialize=["B", "projected", "width", *_RUNTIME[:6]])
 def tables_kernel(
     row_ptr, column_ptr, row_q_ptr, row_k_ptr, column_q_ptr, column_k_ptr,
     B, projected, width, H, W, row_q_len, row_k_len, column_q_len, column_k_len,
@@ -304,18 +305,17 @@ def _sizes(row: Tensor, column: Tensor, tables: list[Tensor], heads: int, key_di
     w = column.shape[2]
     value_dim = projected // heads - 2 * key_dim
     block_d, block_e = power_of_2(key_dim, least=16), power_of_2(value_dim, least=16)
-    # Tiles of queries, keys, values and two of scores are in registers at once: larger blocks and
-    # fewer warps spill in the backward on sm_80 and sm_90.
+    # Larger blocks, fewer warps or prefetched tiles spill in the backward (docs/notes/triton.md).
     wide = block_d + block_e
     block = power_of_2(max(h, w), least=16, most=32 if wide <= 96 else 16)
     warps = 4 if block == 16 and wide <= 48 else 8
     programs, others = (b * heads * triton.cdiv(n, block) for n in (h, w))
     runtime = (h, w, *(table.shape[2] for table in tables), programs)
     constants = {
-        "HEADS": heads, "D": key_dim, "E": value_dim, "BLOCK": block, "BLOCK_D": block_d,
-        "BLOCK_E": block_e, "PRECISION": precision(row), "num_warps": warps, **OPTIONS,
+        "D": key_dim, "E": value_dim, "BLOCK": block, "BLOCK_D": block_d, "BLOCK_E": block_e,
+        "PRECISION": precision(row), "num_warps": warps, "num_stages": 1,
     }  # fmt: skip
-    return (programs + others,), runtime, constants
+    return programs + others, runtime, constants
 
 
 def axial_attention_pair(
@@ -325,12 +325,12 @@ def axial_attention_pair(
 
     All arguments contiguous.
     """
-    grid, runtime, constants = _sizes(row, column, tables, heads, key_dim)
+    programs, runtime, constants = _sizes(row, column, tables, heads, key_dim)
     values = heads * constants["E"]
     out = tuple(axis.new_empty(axis.shape[0], values, axis.shape[2]) for axis in (row, column))
-    if row.shape[0]:
-        with on_device(row):
-            attention_kernel[grid](row, column, *tables, *out, *runtime, scale, **constants)
+    launch(
+        attention_kernel, programs, row, column, *tables, *out, *runtime, scale, heads, **constants
+    )
     return out
 
 
@@ -339,8 +339,8 @@ def axial_attention_pair_backward(
     tables: list[Tensor], heads: int, key_dim: int, scale: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """The gradients of row, column and the four tables; all arguments contiguous."""
-    grid, runtime, constants = _sizes(row, column, tables, heads, key_dim)
-    b, projected, _ = row.shape
+    programs, runtime, constants = _sizes(row, column, tables, heads, key_dim)
+    b, projected, h = row.shape
     out = torch.empty_like(row), torch.empty_like(column)
     if b == 0:
         return (*out, *(torch.zeros_like(table) for table in tables))
@@ -350,13 +350,12 @@ def axial_attention_pair_backward(
     table_gradients = [torch.empty_like(table) for table in tables]
     width = heads * key_dim
     longest = max(table.shape[2] for table in tables)
-    with on_device(row):
-        inputs = (row, column, *tables, row_gradient, column_gradient, *statistics)
-        statistics_kernel[grid](*inputs, *runtime, scale, **constants)
-        attention_backward_kernel[grid](*inputs, *out, *runtime, scale, **constants)
-        tables_kernel[(4 * triton.cdiv(width, 16) * triton.cdiv(longest, 16),)](
-            *out, *table_gradients, b, projected, width, row.shape[2], column.shape[2],
-            *(table.shape[2] for table in tables),
-            BLOCK_C=16, BLOCK_N=32, BLOCK_P=16, num_warps=4, **OPTIONS,
-        )  # fmt: skip
+    inputs = (row, column, *tables, row_gradient, column_gradient, *statistics)
+    launch(statistics_kernel, programs, *inputs, *runtime, scale, heads, **constants)
+    launch(attention_backward_kernel, programs, *inputs, *out, *runtime, scale, heads, **constants)
+    launch(
+        tables_kernel, 4 * triton.cdiv(width, 16) * triton.cdiv(longest, 16),
+        *out, *table_gradients, b, projected, width, h, column.shape[2],
+        *(table.shape[2] for table in tables), BLOCK_C=16, BLOCK_N=32, BLOCK_P=16, num_warps=4,
+    )  # fmt: skip
     return (*out, *table_gradients)

@@ -14,8 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from seaattn_kernels.kernels import squeeze
-from seaattn_kernels.kernels.launch import OPTIONS, on_device
-from seaattn_kernels.kernels.squeeze import place
+from seaattn_kernels.kernels.launch import launch
+from seaattn_kernels.kernels.squeeze import VECTORS, place
 
 # The codes of ``reference.ACTIVATIONS``.
 _IDENTITY, _RELU, _RELU6, _LEAKY_RELU, _SILU = (tl.constexpr(code) for code in range(5))
@@ -57,43 +57,40 @@ def activate_backward(gradient, z, slope, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def total(v_ptr, row_ptr, column_ptr, c_in, h_in, w_in):
-    """``z`` in float32, from pointers to every element and what lies inside the map."""
-    v = tl.load(v_ptr, mask=c_in & h_in & w_in, other=0.0)
-    row = tl.load(row_ptr, mask=c_in & h_in, other=0.0)
-    column = tl.load(column_ptr, mask=c_in & w_in, other=0.0)
+def total(
+    v_ptr, row_ptr, column_ptr, b, c, h, w, C, H, W,
+    v_b, v_c, v_h, v_w, row_b, row_c, row_h, column_b, column_c, column_w,
+):  # fmt: skip
+    """``z`` of a tile in float32."""
+    c_in, h_in, w_in = c < C, h < H, w < W
+    v = tl.load(v_ptr + b * v_b + c * v_c + h * v_h + w * v_w, mask=c_in & h_in & w_in, other=0.0)
+    row = tl.load(row_ptr + b * row_b + c * row_c + h * row_h, mask=c_in & h_in, other=0.0)
+    column = tl.load(
+        column_ptr + b * column_b + c * column_c + w * column_w, mask=c_in & w_in, other=0.0
+    )
     return v.to(tl.float32) + (row.to(tl.float32) + column.to(tl.float32))
 
 
-@triton.jit(do_not_specialize=["C", "H", "W", "slope"])
+@triton.jit(do_not_specialize=["H", "slope"], do_not_specialize_on_alignment=VECTORS)
 def broadcast_add_kernel(
     v_ptr, row_ptr, column_ptr, out_ptr, C, H, W, slope,
     v_b, v_c, v_h, v_w, row_b, row_c, row_h, column_b, column_c, column_w,
     out_b, out_c, out_h, out_w, ACTIVATION: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    b, c0, h0, w0 = place(C, H, W, BLOCK_C, BLOCK_H, BLOCK_W)
-    c = tl.arange(0, BLOCK_C)[:, None, None]
-    h = tl.arange(0, BLOCK_H)[None, :, None]
-    w = tl.arange(0, BLOCK_W)[None, None, :]
-    c_in, h_in, w_in = c0 + c < C, h0 + h < H, w0 + w < W
-    inside = c_in & h_in & w_in
-    v_ptr += b * v_b + c0 * v_c + h0 * v_h + w0 * v_w
-    row_ptr += b * row_b + c0 * row_c + h0 * row_h
-    column_ptr += b * column_b + c0 * column_c + w0 * column_w
+    b, c, h, w = place(C, H, W, BLOCK_C, BLOCK_H, BLOCK_W)
     z = total(
-        v_ptr + (c * v_c + h * v_h + w * v_w), row_ptr + (c * row_c + h * row_h),
-        column_ptr + (c * column_c + w * column_w), c_in, h_in, w_in,
+        v_ptr, row_ptr, column_ptr, b, c, h, w, C, H, W,
+        v_b, v_c, v_h, v_w, row_b, row_c, row_h, column_b, column_c, column_w,
     )  # fmt: skip
-    out_ptr += b * out_b + c0 * out_c + h0 * out_h + w0 * out_w
     tl.store(
-        out_ptr + (c * out_c + h * out_h + w * out_w),
+        out_ptr + b * out_b + c * out_c + h * out_h + w * out_w,
         activate(z, slope, ACTIVATION).to(out_ptr.dtype.element_ty),
-        mask=inside,
+        mask=(c < C) & (h < H) & (w < W),
     )
 
 
-@triton.jit(do_not_specialize=["C", "H", "W", "slope"])
+@triton.jit(do_not_specialize=["H", "slope"], do_not_specialize_on_alignment=VECTORS)
 def broadcast_add_backward_kernel(
     gradient_ptr, v_ptr, row_ptr, column_ptr, out_ptr, C, H, W, slope,
     gradient_b, gradient_c, gradient_h, gradient_w, v_b, v_c, v_h, v_w,
@@ -101,51 +98,32 @@ def broadcast_add_backward_kernel(
     ACTIVATION: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    b, c0, h0, w0 = place(C, H, W, BLOCK_C, BLOCK_H, BLOCK_W)
-    c = tl.arange(0, BLOCK_C)[:, None, None]
-    h = tl.arange(0, BLOCK_H)[None, :, None]
-    w = tl.arange(0, BLOCK_W)[None, None, :]
-    c_in, h_in, w_in = c0 + c < C, h0 + h < H, w0 + w < W
-    inside = c_in & h_in & w_in
-    gradient_ptr += b * gradient_b + c0 * gradient_c + h0 * gradient_h + w0 * gradient_w
-    v_ptr += b * v_b + c0 * v_c + h0 * v_h + w0 * v_w
-    row_ptr += b * row_b + c0 * row_c + h0 * row_h
-    column_ptr += b * column_b + c0 * column_c + w0 * column_w
-    gradient = tl.load(
-        gradient_ptr + (c * gradient_c + h * gradient_h + w * gradient_w), mask=inside, other=0.0
-    )
+    b, c, h, w = place(C, H, W, BLOCK_C, BLOCK_H, BLOCK_W)
     z = total(
-        v_ptr + (c * v_c + h * v_h + w * v_w), row_ptr + (c * row_c + h * row_h),
-        column_ptr + (c * column_c + w * column_w), c_in, h_in, w_in,
+        v_ptr, row_ptr, column_ptr, b, c, h, w, C, H, W,
+        v_b, v_c, v_h, v_w, row_b, row_c, row_h, column_b, column_c, column_w,
     )  # fmt: skip
-    out_ptr += b * out_b + c0 * out_c + h0 * out_h + w0 * out_w
+    inside = (c < C) & (h < H) & (w < W)
+    gradient_ptr += b * gradient_b + c * gradient_c + h * gradient_h + w * gradient_w
+    gradient = tl.load(gradient_ptr, mask=inside, other=0.0).to(tl.float32)
+    dv = activate_backward(gradient, z, slope, ACTIVATION)
     tl.store(
-        out_ptr + (c * out_c + h * out_h + w * out_w),
-        activate_backward(gradient.to(tl.float32), z, slope, ACTIVATION).to(
-            out_ptr.dtype.element_ty
-        ),
+        out_ptr + b * out_b + c * out_c + h * out_h + w * out_w,
+        dv.to(out_ptr.dtype.element_ty),
         mask=inside,
     )
-
-
-def _grid(v: Tensor, out: Tensor) -> tuple[tuple[int], squeeze.Tile]:
-    b, c, h, w = v.shape
-    block = squeeze.tile(c, h, w, out.stride(1) == 1 and out.stride(3) != 1)
-    return (b * triton.cdiv(c, block.c) * triton.cdiv(h, block.h) * triton.cdiv(w, block.w),), block
 
 
 def broadcast_add(
     v: Tensor, row: Tensor, column: Tensor, activation: int, negative_slope: float, out: Tensor
 ) -> Tensor:
     """Write ``act(v + row[..., None] + column[..., None, :])`` into ``out``; any strides."""
-    grid, block = _grid(v, out)
-    if v.shape[0]:
-        with on_device(v):
-            broadcast_add_kernel[grid](
-                v, row, column, out, *v.shape[1:], negative_slope,
-                *v.stride(), *row.stride(), *column.stride(), *out.stride(), ACTIVATION=activation,
-                BLOCK_C=block.c, BLOCK_H=block.h, BLOCK_W=block.w, num_warps=4, **OPTIONS,
-            )  # fmt: skip
+    programs, blocks = squeeze.tiles(out)
+    launch(
+        broadcast_add_kernel, programs, v, row, column, out, *v.shape[1:], negative_slope,
+        *v.stride(), *row.stride(), *column.stride(), *out.stride(),
+        ACTIVATION=activation, **blocks,
+    )  # fmt: skip
     return out
 
 
@@ -154,12 +132,11 @@ def broadcast_add_backward(
     activation: int, negative_slope: float, out: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of v, written into ``out``, of the row and of the column."""
-    grid, block = _grid(v, out)
-    if v.shape[0]:
-        with on_device(v):
-            broadcast_add_backward_kernel[grid](
-                gradient, v, row, column, out, *v.shape[1:], negative_slope, *gradient.stride(),
-                *v.stride(), *row.stride(), *column.stride(), *out.stride(), ACTIVATION=activation,
-                BLOCK_C=block.c, BLOCK_H=block.h, BLOCK_W=block.w, num_warps=4, **OPTIONS,
-            )  # fmt: skip
+    programs, blocks = squeeze.tiles(out)
+    launch(
+        broadcast_add_backward_kernel, programs,
+        gradient, v, row, column, out, *v.shape[1:], negative_slope, *gradient.stride(),
+        *v.stride(), *row.stride(), *column.stride(), *out.stride(),
+        ACTIVATION=activation, **blocks,
+    )  # fmt: skip
     return (out, *squeeze.axial_squeeze(out, mean=False))

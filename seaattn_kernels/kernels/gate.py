@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from seaattn_kernels.kernels.launch import OPTIONS, on_device
+from seaattn_kernels.kernels.launch import launch
 
 _BLOCK = 1024
 
@@ -31,7 +31,7 @@ def sigmoid(x, HARD: tl.constexpr):
         return tl.sigmoid(x)
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit
 def gate_kernel(x_ptr, y_ptr, out_ptr, n, HARD: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + at, mask=at < n, other=0.0).to(tl.float32)
@@ -39,7 +39,7 @@ def gate_kernel(x_ptr, y_ptr, out_ptr, n, HARD: tl.constexpr, BLOCK: tl.constexp
     tl.store(out_ptr + at, (sigmoid(x, HARD) * y).to(out_ptr.dtype.element_ty), mask=at < n)
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit
 def gate_backward_kernel(
     gradient_ptr, x_ptr, y_ptr, dx_ptr, dy_ptr, n, HARD: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -61,11 +61,7 @@ def gate(x: Tensor, y: Tensor, hard: bool) -> Tensor:
     """``sigma(x) * y`` for two maps of one dense layout, in that layout."""
     out = torch.empty_like(x)
     n = out.numel()
-    if n:
-        with on_device(x):
-            gate_kernel[(triton.cdiv(n, _BLOCK),)](
-                x, y, out, n, HARD=hard, BLOCK=_BLOCK, num_warps=4, **OPTIONS
-            )
+    launch(gate_kernel, triton.cdiv(n, _BLOCK), x, y, out, n, HARD=hard, BLOCK=_BLOCK, num_warps=4)
     return out
 
 
@@ -73,9 +69,8 @@ def gate_backward(gradient: Tensor, x: Tensor, y: Tensor, hard: bool) -> tuple[T
     """The gradients of x and y; all maps of one dense layout."""
     dx, dy = torch.empty_like(x), torch.empty_like(y)
     n = x.numel()
-    if n:
-        with on_device(x):
-            gate_backward_kernel[(triton.cdiv(n, _BLOCK),)](
-                gradient, x, y, dx, dy, n, HARD=hard, BLOCK=_BLOCK, num_warps=4, **OPTIONS
-            )
+    launch(
+        gate_backward_kernel, triton.cdiv(n, _BLOCK), gradient, x, y, dx, dy, n,
+        HARD=hard, BLOCK=_BLOCK, num_warps=4,
+    )  # fmt: skip
     return dx, dy

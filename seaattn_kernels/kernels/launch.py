@@ -1,7 +1,6 @@
 """What every launcher needs, and all that differs between devices and versions of Triton."""
 
 import os
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
 import torch
@@ -12,12 +11,22 @@ from torch import Tensor
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 # Contraction of a*b + c is chosen here: the default differs between versions of Triton.
-OPTIONS = {} if INTERPRETED else {"enable_fp_fusion": True}
+_OPTIONS = {} if INTERPRETED else {"enable_fp_fusion": True}
 
 
-def on_device(x: Tensor) -> AbstractContextManager:
-    """Make the device of ``x`` current: Triton launches on the current one, on its stream."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+def launch(kernel, programs: int, *arguments, **constants) -> None:
+    """Run ``programs`` of a kernel on the device of the first argument, on its current stream.
+
+    Triton launches on the current device: it is made that of the tensors, in a backward pass too.
+    """
+    device = arguments[0].device
+    if programs == 0:
+        return
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            kernel[(programs,)](*arguments, **constants, **_OPTIONS)
+    else:
+        kernel[(programs,)](*arguments, **constants, **_OPTIONS)
 
 
 @cache
@@ -26,6 +35,14 @@ def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """The compute capability of an NVIDIA GPU; (0, 0) for any other device."""
+    if device.type != "cuda" or torch.version.hip:
+        return 0, 0
+    return torch.cuda.get_device_capability(device)
 
 
 def power_of_2(n: int, least: int = 1, most: int = 1 << 30) -> int:
@@ -38,7 +55,7 @@ def precision(x: Tensor) -> str:
 
     Values of half precision lose nothing to TF32, which has as many bits as float16.
     """
-    if not x.is_cuda or torch.version.hip or torch.cuda.get_device_capability(x.device) < (8, 0):
+    if capability(x.device) < (8, 0):
         return "ieee"
     exact = x.dtype is torch.float32 and not torch.backends.cuda.matmul.allow_tf32
     return "ieee" if exact else "tf32"

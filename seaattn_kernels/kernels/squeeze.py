@@ -15,10 +15,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from seaattn_kernels.kernels.launch import OPTIONS, multiprocessors, on_device, power_of_2
+from seaattn_kernels.kernels.launch import launch, multiprocessors, power_of_2
+
+# Rows and columns are small: how they are aligned is not worth another compilation.
+VECTORS = ["row_ptr", "row_b", "row_c", "row_h", "column_ptr", "column_b", "column_c", "column_w"]
 
 
-@triton.jit(do_not_specialize=["C", "H", "W", "band", "bands", "strips"])
+@triton.jit
+def span(block, BLOCK: tl.constexpr):
+    """The indices of a block along an axis, in 64 bits: times a stride they may need them."""
+    return block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+
+
+@triton.jit(
+    do_not_specialize=["H", "band", "bands", "strips"],
+    do_not_specialize_on_alignment=["row_ptr", "column_ptr"],
+)
 def squeeze_kernel(
     x_ptr, row_ptr, column_ptr, C, H, W, band, bands, strips,
     stride_b, stride_c, stride_h, stride_w, row_scale, column_scale,
@@ -31,35 +43,27 @@ def squeeze_kernel(
     pid = pid // bands
     blocks = tl.cdiv(C, BLOCK_C)
     b = (pid // blocks).to(tl.int64)
-    c0 = (pid % blocks) * BLOCK_C
-    w0 = strip * BLOCK_W
+    c = span(pid % blocks, BLOCK_C)
+    w = span(strip, BLOCK_W)
     first, last = part * band, tl.minimum(part * band + band, H)
-    c = tl.arange(0, BLOCK_C)[:, None, None]
-    h = tl.arange(0, BLOCK_H)[None, :, None]
-    w = tl.arange(0, BLOCK_W)[None, None, :]
-    # 64 bits for where a tile begins, 32 for the way within it.
-    x_ptr += b * stride_b + c0.to(tl.int64) * stride_c + w0.to(tl.int64) * stride_w
-    x_ptr += first.to(tl.int64) * stride_h
-    local = c * stride_c + h * stride_h + w * stride_w
-    here = (c0 + c < C) & (w0 + w < W)
+    h = first + tl.arange(0, BLOCK_H).to(tl.int64)
+    x_ptr += b * stride_b + c[:, None, None] * stride_c
+    x_ptr += h[None, :, None] * stride_h + w[None, None, :] * stride_w
+    here = (c < C)[:, None, None] & (w < W)[None, None, :]
+    row_ptr += ((b * C + c[:, None]) * H + h[None, :]) * strips + strip
     sums = tl.zeros([BLOCK_C, BLOCK_H, BLOCK_W], tl.float32)
-    c_row = c0 + tl.arange(0, BLOCK_C)[:, None]
-    channel = b * C + c_row
-    for h0 in range(first, last, BLOCK_H):
-        tile = tl.load(x_ptr + local, mask=here & (h0 + h < last), other=0.0).to(tl.float32)
+    for _ in range(first, last, BLOCK_H):
+        tile = tl.load(x_ptr, mask=here & (h < last)[None, :, None], other=0.0).to(tl.float32)
         sums += tile
-        h_row = h0 + tl.arange(0, BLOCK_H)[None, :]
-        tl.store(
-            row_ptr + (channel * H + h_row) * strips + strip,
-            (tl.sum(tile, 2) * row_scale).to(row_ptr.dtype.element_ty),
-            mask=(c_row < C) & (h_row < last),
-        )
-        x_ptr += BLOCK_H * stride_h
-    w_column = w0 + tl.arange(0, BLOCK_W)[None, :]
+        row = (tl.sum(tile, 2) * row_scale).to(row_ptr.dtype.element_ty)
+        tl.store(row_ptr, row, mask=(c < C)[:, None] & (h < last)[None, :])
+        x_ptr += tl.full([], BLOCK_H, tl.int64) * stride_h
+        row_ptr += BLOCK_H * strips
+        h += BLOCK_H
     tl.store(
-        column_ptr + (channel * W + w_column) * bands + part,
+        column_ptr + ((b * C + c[:, None]) * W + w[None, :]) * bands + part,
         (tl.sum(sums, 1) * column_scale).to(column_ptr.dtype.element_ty),
-        mask=(c_row < C) & (w_column < W),
+        mask=(c < C)[:, None] & (w < W)[None, :],
     )
 
 
@@ -75,50 +79,39 @@ def combine_kernel(parts_ptr, out_ptr, n, parts, scale, BLOCK: tl.constexpr):
 
 @triton.jit
 def place(C, H, W, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr):
-    """The image and the corner of this program's tile, in 64 bits."""
+    """The image of this program, and the channels, rows and columns of its tile."""
     pid = tl.program_id(0)
     across = tl.cdiv(W, BLOCK_W)
-    w0 = (pid % across) * BLOCK_W
+    w = span(pid % across, BLOCK_W)
     pid = pid // across
     down = tl.cdiv(H, BLOCK_H)
-    h0 = (pid % down) * BLOCK_H
+    h = span(pid % down, BLOCK_H)
     pid = pid // down
     blocks = tl.cdiv(C, BLOCK_C)
-    return (
-        (pid // blocks).to(tl.int64),
-        ((pid % blocks) * BLOCK_C).to(tl.int64),
-        h0.to(tl.int64),
-        w0.to(tl.int64),
-    )
+    c = span(pid % blocks, BLOCK_C)
+    b = (pid // blocks).to(tl.int64)
+    return b, c[:, None, None], h[None, :, None], w[None, None, :]
 
 
-@triton.jit(do_not_specialize=["C", "H", "W"])
+@triton.jit(do_not_specialize=["H"], do_not_specialize_on_alignment=VECTORS)
 def spread_kernel(
     row_ptr, column_ptr, x_ptr, C, H, W, row_scale, column_scale,
-    row_b, row_c, row_h, column_b, column_c, column_w, stride_b, stride_c, stride_h, stride_w,
+    row_b, row_c, row_h, column_b, column_c, column_w, x_b, x_c, x_h, x_w,
     BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """``x[b, c, i, j] = row[b, c, i] / W + column[b, c, j] / H``; a program owns one tile.
 
     Derivation: the gradient of a mean over W reaches each of its W summands divided by W.
     """
-    b, c0, h0, w0 = place(C, H, W, BLOCK_C, BLOCK_H, BLOCK_W)
-    c = tl.arange(0, BLOCK_C)[:, None, None]
-    h = tl.arange(0, BLOCK_H)[None, :, None]
-    w = tl.arange(0, BLOCK_W)[None, None, :]
-    c_in, h_in, w_in = c0 + c < C, h0 + h < H, w0 + w < W
-    row = tl.load(
-        row_ptr + b * row_b + c0 * row_c + h0 * row_h + (c * row_c + h * row_h),
-        mask=c_in & h_in, other=0.0,
-    )  # fmt: skip
+    b, c, h, w = place(C, H, W, BLOCK_C, BLOCK_H, BLOCK_W)
+    c_in, h_in, w_in = c < C, h < H, w < W
+    row = tl.load(row_ptr + b * row_b + c * row_c + h * row_h, mask=c_in & h_in, other=0.0)
     column = tl.load(
-        column_ptr + b * column_b + c0 * column_c + w0 * column_w + (c * column_c + w * column_w),
-        mask=c_in & w_in, other=0.0,
-    )  # fmt: skip
+        column_ptr + b * column_b + c * column_c + w * column_w, mask=c_in & w_in, other=0.0
+    )
     value = row.to(tl.float32) * row_scale + column.to(tl.float32) * column_scale
-    start = b * stride_b + c0 * stride_c + h0 * stride_h + w0 * stride_w
     tl.store(
-        x_ptr + start + (c * stride_c + h * stride_h + w * stride_w),
+        x_ptr + b * x_b + c * x_c + h * x_h + w * x_w,
         value.to(x_ptr.dtype.element_ty),
         mask=c_in & h_in & w_in,
     )
@@ -132,15 +125,33 @@ class Tile(NamedTuple):
     w: int
 
 
-def tile(c: int, h: int, w: int, channels_last: bool, elements: int = 2048) -> Tile:
-    """A tile of at most ``elements``, longest along the axis that is contiguous in memory."""
-    if channels_last:
-        block_c = power_of_2(c, most=64)
-        block_w = power_of_2(w, most=elements // block_c)
-        return Tile(block_c, power_of_2(h, most=elements // (block_c * block_w)), block_w)
-    block_w = power_of_2(w, most=min(elements, 256))
-    block_h = power_of_2(h, most=elements // block_w)
-    return Tile(power_of_2(c, most=min(elements // (block_h * block_w), 8)), block_h, block_w)
+def tile(x: Tensor) -> Tile:
+    """A tile of 2048 elements of a map, longest along the axis contiguous in memory.
+
+    Few shapes of tiles for all shapes of maps: each is compiled anew.
+    """
+    h, w = x.shape[2:]
+    if x.stride(1) == 1 and x.stride(3) != 1:
+        block_c = 64
+        block_w = power_of_2(w, least=8, most=32)
+        block_h = 2048 // (block_c * block_w)
+    else:
+        block_w = power_of_2(w, least=8, most=256)
+        block_h = power_of_2(h, least=8, most=min(32, 2048 // block_w))
+        block_c = 2048 // (block_h * block_w)
+    return Tile(block_c, block_h, block_w)
+
+
+def tiles(x: Tensor) -> tuple[int, dict[str, int]]:
+    """How many programs cover a map with a tile each, and their constants."""
+    b, c, h, w = x.shape
+    block = tile(x)
+    programs = b * triton.cdiv(c, block.c) * triton.cdiv(h, block.h) * triton.cdiv(w, block.w)
+    return programs, _constants(block)
+
+
+def _constants(block: Tile) -> dict[str, int]:
+    return {"BLOCK_C": block.c, "BLOCK_H": block.h, "BLOCK_W": block.w, "num_warps": 8}
 
 
 def bands(programs: int, h: int, block_h: int, most: int) -> int:
@@ -148,7 +159,7 @@ def bands(programs: int, h: int, block_h: int, most: int) -> int:
 
     A second launch costs as much as some sixteen tiles: shorter bands do not pay.
     """
-    if programs >= most:
+    if not 0 < programs < most:
         return 1
     return max(1, min(triton.cdiv(most, programs), h // (16 * block_h)))
 
@@ -159,9 +170,7 @@ def axial_squeeze(x: Tensor, mean: bool = True) -> tuple[Tensor, Tensor]:
     The means, or the sums.
     """
     b, c, h, w = x.shape
-    if b == 0:
-        return x.new_empty(b, c, h), x.new_empty(b, c, w)
-    block = tile(c, h, w, x.stride(1) == 1 and x.stride(3) != 1)
+    block = tile(x)
     strips = triton.cdiv(w, block.w)
     programs = b * triton.cdiv(c, block.c) * strips
     parts = bands(programs, h, block.h, 2 * multiprocessors(x.device))
@@ -171,21 +180,18 @@ def axial_squeeze(x: Tensor, mean: bool = True) -> tuple[Tensor, Tensor]:
     row_parts = row if strips == 1 else row.new_empty(b, c, h, strips, dtype=torch.float32)
     column_parts = column if parts == 1 else row.new_empty(b, c, w, parts, dtype=torch.float32)
     row_scale, column_scale = (1 / w, 1 / h) if mean else (1.0, 1.0)
-    with on_device(x):
-        squeeze_kernel[(programs * parts,)](
-            x, row_parts, column_parts, c, h, w, band, parts, strips, *x.stride(),
-            row_scale if strips == 1 else 1.0, column_scale if parts == 1 else 1.0,
-            BLOCK_C=block.c, BLOCK_H=block.h, BLOCK_W=block.w, num_warps=4, **OPTIONS,
-        )  # fmt: skip
-        for out, sums, scale in (
-            (row, row_parts, row_scale),
-            (column, column_parts, column_scale),
-        ):
-            if out is not sums:
-                combine_kernel[(triton.cdiv(out.numel(), 256),)](
-                    sums, out, out.numel(), sums.shape[3], scale,
-                    BLOCK=256, num_warps=4, **OPTIONS,
-                )  # fmt: skip
+    launch(
+        squeeze_kernel, programs * parts,
+        x, row_parts, column_parts, c, h, w, band, parts, strips, *x.stride(),
+        row_scale if strips == 1 else 1.0, column_scale if parts == 1 else 1.0,
+        **_constants(block),
+    )  # fmt: skip
+    for out, sums, scale in ((row, row_parts, row_scale), (column, column_parts, column_scale)):
+        if out is not sums:
+            launch(
+                combine_kernel, triton.cdiv(out.numel(), 256),
+                sums, out, out.numel(), sums.shape[3], scale, BLOCK=256, num_warps=4,
+            )  # fmt: skip
     return row, column
 
 
@@ -195,13 +201,9 @@ def axial_squeeze_backward(row: Tensor, column: Tensor, channels_last: bool) -> 
     w = column.shape[2]
     layout = torch.channels_last if channels_last else torch.contiguous_format
     x = torch.empty((b, c, h, w), dtype=row.dtype, device=row.device, memory_format=layout)
-    if b == 0:
-        return x
-    block = tile(c, h, w, channels_last)
-    programs = b * triton.cdiv(c, block.c) * triton.cdiv(h, block.h) * triton.cdiv(w, block.w)
-    with on_device(row):
-        spread_kernel[(programs,)](
-            row, column, x, c, h, w, 1 / w, 1 / h, *row.stride(), *column.stride(), *x.stride(),
-            BLOCK_C=block.c, BLOCK_H=block.h, BLOCK_W=block.w, num_warps=4, **OPTIONS,
-        )  # fmt: skip
+    programs, blocks = tiles(x)
+    launch(
+        spread_kernel, programs, row, column, x, c, h, w, 1 / w, 1 / h,
+        *row.stride(), *column.stride(), *x.stride(), **blocks,
+    )  # fmt: skip
     return x

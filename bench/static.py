@@ -1,0 +1,434 @@
+"""What the Triton kernels need on GPUs that are not here: compiled for each, read from the binary.
+
+The launchers run on tensors without memory, before a driver that names the target and launches
+nothing, so that what is compiled is what they choose there: block sizes, warps, precision of
+products, alignment. Triton's cache on disk keeps the binaries by their content.
+
+    occupancy   resident warps over the most that a multiprocessor holds, bound by registers,
+                shared memory, or the number of programs
+    bytes       every tensor of the launch once
+    predicted   the larger of FLOP / rate and bytes / bandwidth, by the data sheet of one card of
+                the target; a launch comes on top
+
+It fails where a kernel does not compile, needs more shared memory than the target has, or spills
+registers on compute capability 8.0 and later.
+"""
+
+import itertools
+import multiprocessing
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from tqdm import tqdm
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime import JITFunction, driver
+
+from bench.cases import CASES
+from seaattn_kernels.kernels import axial_attention, broadcast_add, gate, launch, squeeze
+from seaattn_kernels.reference import ACTIVATIONS
+
+_MODULES = (squeeze, axial_attention, broadcast_add, gate)
+_CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+_KIB = 1024
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a program may use on a multiprocessor, and the data sheet of one card."""
+
+    name: str
+    card: str
+    triton: GPUTarget
+    warps: int  # resident at most
+    programs: int  # resident at most
+    shared: int  # bytes, of all resident programs
+    shared_program: int  # bytes, of one
+    gbytes: float  # GB/s of memory
+    tflops: float  # outside the matrix units, float32
+    tf32: float  # TFLOP/s of dense TF32 products; without such units the same as tflops
+
+    @property
+    def capability(self) -> tuple[int, int]:
+        return divmod(self.triton.arch, 10) if self.triton.backend == "cuda" else (0, 0)
+
+    @property
+    def strict(self) -> bool:
+        """Whether a spill is a failure."""
+        return self.capability >= (8, 0)
+
+
+def _nvidia(arch: int, card: str, *limits: float) -> Target:
+    return Target(f"sm_{arch}", card, GPUTarget("cuda", arch, 32), *limits)
+
+
+# Resident warps, programs and shared memory: CUDA C++ Programming Guide, "Technical specifications
+# per compute capability"; CDNA 3 ISA. Rates and bandwidth: the cards' data sheets.
+TARGETS = {
+    target.name: target
+    for target in (
+        _nvidia(75, "T4", 32, 16, 64 * _KIB, 64 * _KIB, 320, 8.1, 8.1),
+        _nvidia(80, "A100 40GB", 64, 32, 164 * _KIB, 163 * _KIB, 1555, 19.5, 156),
+        _nvidia(89, "L4", 48, 24, 100 * _KIB, 99 * _KIB, 300, 30.3, 60),
+        _nvidia(90, "H200", 64, 32, 228 * _KIB, 227 * _KIB, 4800, 67, 494),
+        _nvidia(100, "B200", 64, 32, 228 * _KIB, 227 * _KIB, 8000, 75, 1125),
+        _nvidia(120, "RTX 5090", 48, 24, 100 * _KIB, 99 * _KIB, 1792, 104.8, 104.8),
+        Target(
+            "gfx942", "MI300X", GPUTarget("hip", "gfx942", 64),
+            32, 32, 64 * _KIB, 64 * _KIB, 5300, 163.4, 653.7,
+        ),
+    )
+}  # fmt: skip
+FULL = ("sm_80", "sm_90")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel as a launcher called it: ``data`` is Triton's own description of it."""
+
+    kernel: str
+    target: str
+    data: str
+    configuration: str
+    example: str
+    flops: int
+    bytes: int
+
+
+@dataclass
+class Row:
+    """A launch compiled: what the binary needs, and what is wrong with it."""
+
+    kernel: str
+    configuration: str
+    target: str
+    registers: int = 0
+    spill_bytes: int = 0
+    shared: int = 0
+    occupancy: float = 0.0
+    example: str = ""
+    flops: int = 0
+    bytes: int = 0
+    predicted_us: float = 0.0
+    wrong: str = ""
+
+
+# --- the launches ----------------------------------------------------------------------------
+
+
+class _Driver:
+    """As much of Triton's driver as choosing and compiling a kernel takes."""
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+
+    def get_current_device(self) -> int:
+        # Triton keeps what belongs to a target under the number of the device.
+        return list(TARGETS).index(self.target.name)
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target.triton
+
+
+def _kernels() -> Iterator[JITFunction]:
+    for module in _MODULES:
+        for value in vars(module).values():
+            if isinstance(value, JITFunction) and value.module == module.__name__:
+                yield value
+
+
+@contextmanager
+def _recorded(target: Target, found: dict[str, Launch], example: list[str]) -> Iterator[None]:
+    """Launches within are written into ``found`` and neither compiled nor run."""
+    arguments: list = []
+
+    def before(*values, **_) -> None:
+        arguments[:] = values
+
+    def compiling(*, fn, compile, **_) -> bool:
+        data = compile["specialization_data"]
+        kernel = fn.jit_function
+        values = dict(zip(kernel.arg_names, arguments, strict=False))
+        values |= {kernel.arg_names[at]: value for (at,), value in compile["constants"].items()}
+        tensors = [value for value in arguments if isinstance(value, Tensor)]
+        launched = Launch(
+            kernel=fn.name,
+            target=target.name,
+            data=data,
+            configuration=_configuration(kernel, compile),
+            example=example[0],
+            flops=_FLOPS[fn.name](values) if fn.name in _FLOPS else 0,
+            bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+        )
+        found.setdefault(fn.name + data, launched)
+        return True  # compiled already, as far as this call goes
+
+    driver.set_active(_Driver(target))
+    for kernel in _kernels():
+        kernel.pre_run_hooks.append(before)
+    knobs.runtime.jit_cache_hook = compiling
+    try:
+        with mock.patch.object(launch, "capability", return_value=target.capability):
+            yield
+    finally:
+        knobs.runtime.jit_cache_hook = None
+        for kernel in _kernels():
+            kernel.pre_run_hooks.remove(before)
+
+
+def _configuration(kernel: JITFunction, compile: dict) -> str:
+    """Everything that is compiled in: the type, the constants (strides of 1 too), how many
+    arguments are multiples of 16."""
+    types = [str(kind) for kind in compile["signature"].values()]
+    words = [next(kind[1:] for kind in types if kind.startswith("*"))]
+    words += [f"{kernel.arg_names[at]}={value}" for (at,), value in compile["constants"].items()]
+    aligned = sum(bool(attributes) for attributes in compile["configs"][0].values())
+    return " ".join([*words, f"{compile['num_warps']} warps", f"{aligned} aligned"])
+
+
+def _pairs(values: dict) -> int:
+    """Pairs of a query and a key of all images and heads, on both axes."""
+    return values["row_ptr"].shape[0] * values["heads"] * (values["H"] ** 2 + values["W"] ** 2)
+
+
+def _table_flops(values: dict) -> int:
+    lengths = (values["row_q_len"] + values["row_k_len"]) * values["H"]
+    lengths += (values["column_q_len"] + values["column_k_len"]) * values["W"]
+    return values["width"] * (2 * lengths + values["B"] * 2 * (values["H"] + values["W"]))
+
+
+#: Two for a multiply-add of the products; the rest is far below the bytes.
+_FLOPS: dict[str, Callable[[dict], int]] = {
+    "attention_kernel": lambda v: 2 * _pairs(v) * (v["D"] + v["E"]),
+    "statistics_kernel": lambda v: 2 * _pairs(v) * (v["D"] + v["E"]),
+    "attention_backward_kernel": lambda v: 2 * _pairs(v) * (4 * v["D"] + 3 * v["E"]),
+    "tables_kernel": _table_flops,
+}
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_B1, _YOLO = CASES["B1"], CASES["YOLOv8s-P3"]
+
+
+def _layouts(b: int, c: int, h: int, w: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """A map as models hold it, and a view into a larger one that is aligned to nothing."""
+    return {
+        "NCHW": _empty(b, c, h, w, dtype=dtype),
+        "NHWC": _empty(b, h, w, c, dtype=dtype).permute(0, 3, 1, 2),
+        "view": _empty(b, c + 1, h + 1, w + 1, dtype=dtype)[:, 1:, 1:, 1:],
+    }
+
+
+def _operators_of_a_map(x: Tensor, activations: Iterable[int]) -> None:
+    row, column = squeeze.axial_squeeze(x)
+    channels_last = x.stride(1) == 1
+    squeeze.axial_squeeze_backward(row, column, channels_last)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    out = torch.empty(x.shape, dtype=x.dtype, device="meta", memory_format=layout)
+    for activation in activations:
+        broadcast_add.broadcast_add(x, row, column, activation, 0.1, out)
+        broadcast_add.broadcast_add_backward(x, x, row, column, activation, 0.1, out)
+    for hard in (True, False):
+        gate.gate(out, out, hard)
+        gate.gate_backward(out, out, out, hard)
+
+
+def _operators_of_an_axis(
+    b: int, heads: int, d: int, e: int, h: int, w: int, dtype: torch.dtype
+) -> None:
+    row, column = (_empty(b, heads * (2 * d + e), n, dtype=dtype) for n in (h, w))
+    tables = [_empty(1, heads * d, 16, dtype=dtype)] * 4
+    out = axial_attention.axial_attention_pair(row, column, tables, heads, d, d**-0.5)
+    axial_attention.axial_attention_pair_backward(*out, row, column, tables, heads, d, d**-0.5)
+
+
+#: Sides that reach every tile of a map, and the heads that were seen in models.
+_SIDES = (1, 7, 8, 14, 16, 20, 32, 40, 64, 80, 128, 256, 300)
+_HEADS = ((2, 4), (10, 20), (16, 16), (16, 32), (16, 64), (20, 40), (24, 48), (32, 64), (64, 128))
+_RELU6 = ACTIVATIONS.index("relu6")
+
+
+def _examples(dtypes: Sequence[torch.dtype]) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Calls of the launchers, the usual ones first."""
+    b1, yolo = (_B1.projected, 32, 32), (_YOLO.values, 80, 80)
+    for dtype, (c, h, w) in itertools.product(dtypes, (b1, yolo)):
+        for layout, x in _layouts(16, c, h, w, dtype).items():
+            yield f"16x{c}x{h}x{w} {layout}", partial(_operators_of_a_map, x, [_RELU6])
+    for dtype, (d, e), n in itertools.product(dtypes, _HEADS, (32, 16)):
+        axis = partial(_operators_of_an_axis, 16, 8, d, e, n, n, dtype)
+        yield f"16 images, 8 heads, {n}x{n}", axis
+    for dtype in dtypes:
+        for layout, x in _layouts(16, *b1, dtype).items():
+            every = partial(_operators_of_a_map, x, range(len(ACTIVATIONS)))
+            yield f"16x{b1[0]}x32x32 {layout}", every
+    for dtype, h, w in itertools.product(dtypes, _SIDES, _SIDES):
+        for layout, x in _layouts(16, 128, h, w, dtype).items():
+            yield f"16x128x{h}x{w} {layout}", partial(_operators_of_a_map, x, [_RELU6])
+    huge = _empty(1, 2, 40000, 40000, dtype=torch.float16)
+    yield "1x2x40000x40000 NCHW", partial(_operators_of_a_map, huge, [_RELU6])
+
+
+def launches(target: Target, brief: bool = False) -> list[Launch]:
+    """What the launchers choose on a target; ``brief``: the first configuration of each kernel."""
+    found: dict[str, Launch] = {}
+    example = [""]
+    dtypes = DTYPES if target.capability != (7, 5) else DTYPES[:2]
+    switch = torch.backends.cuda.matmul.allow_tf32
+    try:
+        with _recorded(target, found, example):
+            for name, call in _examples(dtypes):
+                example[0] = name
+                for torch.backends.cuda.matmul.allow_tf32 in (False, True):
+                    call()
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = switch
+    if not brief:
+        return list(found.values())
+    first: dict[str, Launch] = {}
+    for launched in found.values():
+        first.setdefault(launched.kernel, launched)
+    return list(first.values())
+
+
+# --- the binaries ----------------------------------------------------------------------------
+
+
+def compiled(launched: Launch) -> Row:
+    """Compile one launch, in this process, and read its binary."""
+    target = TARGETS[launched.target]
+    row = Row(
+        launched.kernel, launched.configuration, target.name,
+        example=launched.example, flops=launched.flops, bytes=launched.bytes,
+    )  # fmt: skip
+    kernel = next(kernel for kernel in _kernels() if kernel.__name__ == launched.kernel)
+    driver.set_active(_Driver(target))
+    try:
+        binary = kernel.preload(launched.data)  # from the cache on disk where it is there
+    except Exception as error:  # whatever the compiler raises is the finding
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        row.wrong = f"does not compile: {lines[-1]}"
+        return row
+    row.shared = binary.metadata.shared
+    warps = binary.metadata.num_warps
+    if target.triton.backend == "cuda":
+        row.registers, row.spill_bytes = _nvidia_resources(binary.asm["cubin"])
+    else:
+        row.registers, row.spill_bytes = _amd_resources(binary.asm["amdgcn"])
+    row.occupancy = occupancy(target, row.registers, row.shared, warps)
+    rate = target.tf32 if "PRECISION=tf32" in launched.configuration else target.tflops
+    row.predicted_us = 1e6 * max(
+        launched.flops / (rate * 1e12), launched.bytes / (target.gbytes * 1e9)
+    )
+    if row.shared > target.shared_program:
+        row.wrong = f"needs {row.shared} bytes of shared memory of {target.shared_program}"
+    elif row.spill_bytes and target.strict:
+        row.wrong = f"spills {row.spill_bytes} bytes"
+    return row
+
+
+def _nvidia_resources(cubin: bytes) -> tuple[int, int]:
+    """Registers of a thread, and bytes of its stack and local memory."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        done = subprocess.run(
+            [_CUOBJDUMP, "--dump-resource-usage", file.name],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", done.stdout)
+    registers, stack, local = (int(number) for number in found.groups())
+    return registers, stack + local
+
+
+def _amd_resources(assembly: str) -> tuple[int, int]:
+    """Vector registers of a lane, accumulation registers among them, and bytes of its scratch."""
+
+    def read(name: str) -> int:
+        return int(re.search(rf"^\s*\.?{name}:?\s+(\d+)", assembly, re.MULTILINE)[1])
+
+    return read("vgpr_count"), read("private_segment_fixed_size")
+
+
+def occupancy(target: Target, registers: int, shared: int, warps: int) -> float:
+    """Resident warps over the most that a multiprocessor (of AMD: a compute unit) holds."""
+    if target.triton.backend == "cuda":
+        # 65536 registers, given to warps by 256; the system takes 1 KiB of shared memory a program.
+        fit = 65536 // (-(-registers * 32 // 256) * 256) // warps
+        reserved = _KIB if target.strict else 0
+    else:
+        # Four SIMDs of 512 registers a lane, given by 8, and eight wavefronts at most.
+        fit = 4 * min(8, 512 // (-(-max(registers, 1) // 8) * 8)) // warps
+        reserved = 0
+    if shared:
+        fit = min(fit, target.shared // (shared + reserved))
+    return min(fit, target.programs, target.warps // warps) * warps / target.warps
+
+
+# --- the table -------------------------------------------------------------------------------
+
+
+def table(rows: Sequence[Row]) -> str:
+    """A line for each row, what is wrong last, and a summary."""
+    lines = [
+        f"{'kernel':<30} {'target':<7} {'regs':>4} {'spill':>5} {'shared':>7} {'occ.':>5} "
+        f"{'MFLOP':>8} {'MB':>7} {'pred. us':>9}  configuration; example"
+    ]
+    lines += [
+        f"{row.kernel:<30} {row.target:<7} {row.registers:>4} {row.spill_bytes:>5} "
+        f"{row.shared:>7} {row.occupancy:>5.0%} {row.flops / 1e6:>8.1f} {row.bytes / 1e6:>7.2f} "
+        f"{row.predicted_us:>9.2f}  {row.configuration}; {row.example}"
+        for row in rows
+    ]
+    wrong = [row for row in rows if row.wrong]
+    lines += [f"WRONG {row.kernel} {row.target} {row.configuration}: {row.wrong}" for row in wrong]
+    for name in dict.fromkeys(row.target for row in rows):
+        found = [row for row in rows if row.target == name]
+        spilling = sum(row.spill_bytes > 0 for row in found)
+        lines.append(
+            f"{name} ({TARGETS[name].card}): {len(found)} compiled, {spilling} spill, "
+            f"{sum(bool(row.wrong) for row in found)} wrong"
+        )
+    return "\n".join(lines)
+
+
+def compile_all(
+    targets: Sequence[str],
+    kernels: Sequence[str] | None = None,
+    full: Sequence[str] = FULL,
+    processes: int | None = None,
+) -> list[Row]:
+    """Compile for ``targets``: all that the launchers choose on those in ``full``, the first
+    configuration of each kernel on the others."""
+    wanted = [
+        launched
+        for name in targets
+        for launched in launches(TARGETS[name], brief=name not in full)
+        if kernels is None or launched.kernel in kernels
+    ]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes or os.cpu_count(), context) as pool:
+        rows = pool.map(compiled, wanted, chunksize=4)
+        return list(tqdm(rows, "kernels", len(wanted), dynamic_ncols=True, disable=None))
+
+
+def kernel_names() -> tuple[str, ...]:
+    return tuple(kernel.__name__ for kernel in _kernels() if kernel.__name__.endswith("_kernel"))
