@@ -1,4 +1,4 @@
-"""Measure attention blocks, draw a result file, or compile the Triton kernels without a GPU."""
+"""Time blocks and operators, draw a result file, compile the Triton kernels without a GPU."""
 
 import argparse
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from bench import results
+from bench import operators, results
 from bench.cases import CASES
 from bench.measure import (
     DTYPES,
@@ -37,22 +37,39 @@ BEATEN = (
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("run", help="check, then time; write JSON and a chart")
+    timed = argparse.ArgumentParser(add_help=False)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    run.add_argument("--device", type=device_argument, default=device, help="default: %(default)s")
-    run.add_argument("--dtype", choices=DTYPES, default="float32", help="default: %(default)s")
-    run.add_argument(
+    timed.add_argument(
+        "--device", type=device_argument, default=device, help="default: %(default)s"
+    )
+    timed.add_argument(
         "--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE",
         help=f"default: all of {', '.join(CASES)}",
     )  # fmt: skip
+    timed.add_argument("--quick", action="store_true", help="two maps a case, less time on each")
+    timed.add_argument(
+        "--out", type=Path, help="folder (bench/results/<machine>; quick: out/bench)"
+    )
+    run = commands.add_parser(
+        "run", parents=[timed], help="whole blocks in eval mode: check, time, write JSON and chart"
+    )
+    run.add_argument("--dtype", choices=DTYPES, default="float32", help="default: %(default)s")
     run.add_argument("--batch", type=positive_argument, default=1, help="default: %(default)s")
     run.add_argument("--threads", type=positive_argument, help="torch.set_num_threads")
     run.add_argument(
         "--providers", nargs="+", choices=PROVIDERS, metavar="PROVIDER",
         help=f"default: all of {', '.join(PROVIDERS)}; compile not with --quick",
     )  # fmt: skip
-    run.add_argument("--quick", action="store_true", help="two maps a case, less time on each")
-    run.add_argument("--out", type=Path, help="folder (bench/results/<machine>; quick: out/bench)")
+    each = commands.add_parser(
+        "operators", parents=[timed],
+        help="the Triton operators and a training step of the block, the same way",
+    )  # fmt: skip
+    each.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32"], metavar="DTYPE")
+    each.add_argument("--batch", nargs="+", type=positive_argument, default=[16], metavar="BATCH")
+    each.add_argument(
+        "--providers", nargs="+", choices=operators.PROVIDERS, metavar="PROVIDER",
+        default=list(operators.PROVIDERS), help="default: all of " + ", ".join(operators.PROVIDERS),
+    )  # fmt: skip
     draw = commands.add_parser("plot", help="draw the chart of a result file")
     draw.add_argument("results", type=Path)
     draw.add_argument("--out", type=Path, help="PNG (beside the result file)")
@@ -135,6 +152,37 @@ def run(arguments: argparse.Namespace) -> int:
     return status
 
 
+def run_operators(arguments: argparse.Namespace) -> int:
+    """Measure operators; non-zero where a provider is refused."""
+    device = arguments.device
+    jobs = [
+        (DTYPES[dtype], batch, CASES[name], size)
+        for dtype in arguments.dtype
+        for batch in arguments.batch
+        for name in arguments.cases
+        for size in list(CASES[name].maps.values())[: 2 if arguments.quick else None]
+    ]
+    rows: list[dict] = []
+    refused: list[str] = []
+    for dtype, batch, case, size in tqdm(jobs, "maps", dynamic_ncols=True, disable=None):
+        found = operators.measure(
+            case, size, batch, arguments.providers, device, dtype,
+            seconds=0.3 if arguments.quick else 1.0,
+            seeds=SEEDS[:3] if arguments.quick else SEEDS,
+            log=refused.append,
+        )  # fmt: skip
+        tqdm.write(operators.table(found))
+        rows += found
+    for line in refused:
+        print(line)
+    folder = arguments.out or (SCRATCH if arguments.quick else results.results_dir(device))
+    document = results.document(rows, device)
+    results.write(folder / "operators.json", document)
+    print(folder / "operators.json")
+    print(plot(document, folder / "operators.png"))
+    return int(bool(refused))
+
+
 def static(arguments: argparse.Namespace) -> int:
     """Print the table; non-zero where a kernel does not compile, spills or needs too much."""
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -163,6 +211,8 @@ def main() -> int:
     arguments = _parser().parse_args()
     if arguments.command == "run":
         return run(arguments)
+    if arguments.command == "operators":
+        return run_operators(arguments)
     if arguments.command == "static":
         return static(arguments)
     chart = arguments.out or arguments.results.with_suffix(".png")

@@ -26,20 +26,31 @@ _LABELS = {
     "limit": "limit",
 }
 
+_OPERATOR_STYLES = {"compile": "compile", "triton": "auto"}
+
 _Points = Mapping[str, Mapping[int, Sequence[float]]]
 
 
 def plot(results: Mapping, path: Path) -> Path:
-    """Draw the block rows of a result file into a PNG.
+    """Draw the block rows of a result file into a PNG, or its operators.
 
-    Points are cases; a line is their geometric mean at each size of map.
+    Points are cases; a line, or a bar, is their geometric mean.
 
     Raises:
-        ValueError: if there is no such row.
+        ValueError: if there is neither.
     """
     rows = [row for row in results["rows"] if row["kind"] == "block"]
-    if not rows:
-        raise ValueError("nothing to draw: the results hold no block")
+    operators = [row for row in results["rows"] if row["kind"] == "operator"]
+    if not rows and not operators:
+        raise ValueError("nothing to draw: the results hold no block and no operator")
+    figure = _blocks(results, rows) if rows else _operators(results, operators)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    return path
+
+
+def _blocks(results: Mapping, rows: Sequence[Mapping]) -> Figure:
+    """Speed-up and time by the size of the map."""
     speedups, times = _collect(rows)
     # Figure without pyplot: no backend is chosen, no display is touched.
     figure = Figure(figsize=(11, 4.8), layout="constrained")
@@ -70,10 +81,51 @@ def plot(results: Mapping, path: Path) -> Path:
         axes.set_xlabel("map, H x W (axis: pixels)")
         axes.grid(color="0.8", linewidth=0.5)
         axes.legend()
-    figure.suptitle(_title(results, rows), fontsize=10)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    return path
+    title = f"Sea attention block ({_cases(rows)}), inference, {_what(rows[0])}"
+    figure.suptitle(f"{title}\n{_where(results)}", fontsize=10)
+    return figure
+
+
+def _operators(results: Mapping, rows: Sequence[Mapping]) -> Figure:
+    """Speed-up by operator: forward and step, called and replayed from a graph."""
+    ways = list(dict.fromkeys(row["way"] for row in rows))
+    names = list(dict.fromkeys(row["operator"] for row in rows))
+    providers = [
+        name for name in ("compile", "triton") if name in {row["provider"] for row in rows}
+    ]
+    figure = Figure(figsize=(5.5 * len(ways), 7), layout="constrained")
+    for axes, (mode, way) in zip(
+        figure.subplots(2, len(ways), squeeze=False, sharey=True).flat,
+        [(mode, way) for mode in ("forward", "step") for way in ways],
+        strict=True,
+    ):
+        for shift, provider in enumerate(providers):
+            points = [
+                [
+                    row["speedup"]
+                    for row in rows
+                    if (row["mode"], row["way"], row["provider"], row["operator"])
+                    == (mode, way, provider, name)
+                ]
+                for name in names
+            ]
+            at = [index + 0.4 * shift - 0.2 for index in range(len(names))]
+            style = _STYLES[_OPERATOR_STYLES[provider]]
+            means = [geometric_mean(values) if values else 0 for values in points]
+            axes.bar(
+                at, means, 0.38, color=style["color"], label=_LABELS[_OPERATOR_STYLES[provider]]
+            )
+            for x, values in zip(at, points, strict=True):
+                axes.plot([x] * len(values), values, "k.", markersize=3)
+        axes.axhline(1, color="black", linewidth=0.8)
+        axes.set_xticks(range(len(names)), names, rotation=20)
+        axes.set_title(f"{mode}, {way}", fontsize=10)
+        axes.grid(axis="y", color="0.8", linewidth=0.5)
+    figure.axes[0].set_ylabel("speed-up over eager PyTorch")
+    figure.axes[0].legend()
+    kinds = ", ".join(dict.fromkeys(_what(row) for row in rows))
+    figure.suptitle(f"Operators of {_cases(rows)}, {kinds}\n{_where(results)}", fontsize=10)
+    return figure
 
 
 def _collect(rows: Sequence[Mapping]) -> tuple[_Points, _Points]:
@@ -113,13 +165,19 @@ def _name(row: Mapping) -> str:
     return f"{side}²" if height == width else f"{height}x{width}"
 
 
-def _title(results: Mapping, rows: Sequence[Mapping]) -> str:
-    machine, versions, first = results["machine"], results["versions"], rows[0]
+def _where(results: Mapping) -> str:
+    machine, versions = results["machine"], results["versions"]
     where = machine["gpu"] or f"{machine['cpu']}, {machine['torch_threads']} threads"
-    names = list(dict.fromkeys(row["case"] for row in rows))
-    blocks = ", ".join(names) if len(names) <= 4 else f"{len(names)} of SeaFormer and YOLOv8"
     return (
-        f"Sea attention block ({blocks}), inference, {first['dtype']}, batch {first['batch']}\n"
         f"{where}, torch {versions['torch']}, "
         f"seaattn_kernels {versions['seaattn_kernels']}, {results['date'][:10]}"
     )
+
+
+def _what(row: Mapping) -> str:
+    return f"{row['dtype']}, batch {row['batch']}"
+
+
+def _cases(rows: Sequence[Mapping]) -> str:
+    names = list(dict.fromkeys(row["case"] for row in rows))
+    return ", ".join(names) if len(names) <= 4 else f"{len(names)} of SeaFormer and YOLOv8"

@@ -34,6 +34,7 @@ from torch import Tensor
 from tqdm import tqdm
 from triton import knobs
 from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
 from triton.runtime import JITFunction, driver
 
 from bench.cases import CASES
@@ -263,7 +264,7 @@ def _operators_of_an_axis(
 
 #: Sides that reach every tile of a map, and the heads that were seen in models.
 _SIDES = (1, 7, 8, 14, 16, 20, 32, 40, 64, 80, 128, 256, 300)
-_HEADS = ((2, 4), (10, 20), (16, 16), (16, 32), (16, 64), (20, 40), (24, 48), (32, 64), (64, 128))
+_HEADS = ((16, 32), (2, 4), (10, 20), (16, 16), (16, 64), (20, 40), (24, 48), (32, 64), (64, 128))
 _RELU6 = ACTIVATIONS.index("relu6")
 
 
@@ -273,9 +274,11 @@ def _examples(dtypes: Sequence[torch.dtype]) -> Iterator[tuple[str, Callable[[],
     for dtype, (c, h, w) in itertools.product(dtypes, (b1, yolo)):
         for layout, x in _layouts(16, c, h, w, dtype).items():
             yield f"16x{c}x{h}x{w} {layout}", partial(_operators_of_a_map, x, [_RELU6])
-    for dtype, (d, e), n in itertools.product(dtypes, _HEADS, (32, 16)):
-        axis = partial(_operators_of_an_axis, 16, 8, d, e, n, n, dtype)
-        yield f"16 images, 8 heads, {n}x{n}", axis
+    for dtype, (d, e) in itertools.product(dtypes, _HEADS):
+        yield (
+            "16 images, 8 heads, 32x32",
+            partial(_operators_of_an_axis, 16, 8, d, e, 32, 32, dtype),
+        )
     for dtype in dtypes:
         for layout, x in _layouts(16, *b1, dtype).items():
             every = partial(_operators_of_a_map, x, range(len(ACTIVATIONS)))
@@ -312,27 +315,32 @@ def launches(target: Target, brief: bool = False) -> list[Launch]:
 # --- the binaries ----------------------------------------------------------------------------
 
 
+def binary(launched: Launch) -> CompiledKernel:
+    """Compile a launch, or take it from Triton's cache on disk."""
+    kernel = next(kernel for kernel in _kernels() if kernel.__name__ == launched.kernel)
+    driver.set_active(_Driver(TARGETS[launched.target]))
+    return kernel.preload(launched.data)
+
+
 def compiled(launched: Launch) -> Row:
-    """Compile one launch, in this process, and read its binary."""
+    """What the binary of a launch needs."""
     target = TARGETS[launched.target]
     row = Row(
         launched.kernel, launched.configuration, target.name,
         example=launched.example, flops=launched.flops, bytes=launched.bytes,
     )  # fmt: skip
-    kernel = next(kernel for kernel in _kernels() if kernel.__name__ == launched.kernel)
-    driver.set_active(_Driver(target))
     try:
-        binary = kernel.preload(launched.data)  # from the cache on disk where it is there
+        found = binary(launched)
     except Exception as error:  # whatever the compiler raises is the finding
         lines = str(error).strip().splitlines() or [type(error).__name__]
         row.wrong = f"does not compile: {lines[-1]}"
         return row
-    row.shared = binary.metadata.shared
-    warps = binary.metadata.num_warps
+    row.shared = found.metadata.shared
+    warps = found.metadata.num_warps
     if target.triton.backend == "cuda":
-        row.registers, row.spill_bytes = _nvidia_resources(binary.asm["cubin"])
+        row.registers, row.spill_bytes = _nvidia_resources(found.asm["cubin"])
     else:
-        row.registers, row.spill_bytes = _amd_resources(binary.asm["amdgcn"])
+        row.registers, row.spill_bytes = _amd_resources(found.asm["amdgcn"])
     row.occupancy = occupancy(target, row.registers, row.shared, warps)
     rate = target.tf32 if "PRECISION=tf32" in launched.configuration else target.tflops
     row.predicted_us = 1e6 * max(

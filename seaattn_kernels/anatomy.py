@@ -277,8 +277,12 @@ def _check_convolution(name: str, conv: nn.Conv2d, shape: tuple[int, ...]) -> No
 
 def _table(name: str, layer: nn.Module, keys: int, unproven: set[type]) -> str:
     """The name of the position table in its layer. In replicas parameters are plain attributes."""
-    attributes = {**layer.__dict__, **layer._parameters}
-    found = {key: t for key, t in attributes.items() if isinstance(t, Tensor)}
+    found = {
+        key: t
+        for attributes in (layer.__dict__, layer._parameters)
+        for key, t in attributes.items()
+        if isinstance(t, Tensor)
+    }
     if len(found) != 1 or layer._modules or any(t is not None for t in layer._buffers.values()):
         raise Obstacle(f"{name} is {type(layer).__name__}, not one position table")
     (key, table), *_ = found.items()

@@ -57,9 +57,17 @@ def check_divides(heads: int, **tensors: Tensor) -> None:
             )
 
 
+# Asked here, once: not every version of torch.compile traces the question.
+_AUTOCAST = frozenset(
+    kind
+    for kind in ("cpu", "cuda", "xpu", "mps", "hpu", "mtia")
+    if torch.amp.is_autocast_available(kind)
+)
+
+
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     kind = device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if kind in _AUTOCAST and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return None
 

@@ -4,15 +4,20 @@ The interpreter proves indexing and algebra, not rounding and not races.
 """
 
 import copy
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from seaattn_kernels import SeaAttention, budget, ops, reference, verify
-from seaattn_kernels.kernels import squeeze
+from seaattn_kernels.kernels import launch, squeeze
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# On a GPU all of these are its tests.
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
+
 LOW = (torch.float16, torch.bfloat16, torch.float32)
 CASES = [case for case in verify.OPERATOR_CASES if case.name in ops.OPERATORS["triton"]]
 SMALL = {case.name: case for case in reversed(CASES) if case.shapes[0][-1] > 1}
@@ -129,7 +134,8 @@ def test_attention_of_any_size(heads, d, e, h, w, lengths):
 
 
 def test_long_axes():
-    row, column = torch.randn(1, 16, 4096, device=DEVICE), torch.randn(1, 16, 2, device=DEVICE)
+    n = 4096 if DEVICE == "cuda" else 1024  # the interpreter takes a minute for the longest
+    row, column = torch.randn(1, 16, n, device=DEVICE), torch.randn(1, 16, 2, device=DEVICE)
     tables = [torch.randn(1, 4, 16, device=DEVICE)] * 4
     ours, theirs = (
         ops.axial_attention_pair(row, column, tables, 1, 4, backend=backend)
@@ -349,6 +355,42 @@ def test_empty_batch(case):
     assert all(t.shape[0] == 0 for t in out)
     found = torch.autograd.grad(sum(t.sum() for t in out), leaves)
     assert all((g == 0).all() for g in found)
+
+
+def test_launches_on_the_device_of_the_tensors(monkeypatch):
+    """Where another one is current; for a backward pass autograd's thread sets none."""
+    state = {"device": 0}
+    seen = []
+
+    @contextmanager
+    def device(wanted):
+        before, state["device"] = state["device"], wanted.index
+        yield
+        state["device"] = before
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda x, **constants: seen.append((grid, x.device.index, state["device"]))
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: state["device"])
+    for index in (0, 1):
+        launch.launch(Kernel(), 7, SimpleNamespace(device=torch.device("cuda", index)))
+    launch.launch(Kernel(), 0, SimpleNamespace(device=torch.device("cuda", 0)))
+    assert seen == [((7,), 0, 0), ((7,), 1, 1)]
+    assert state["device"] == 0
+
+
+def test_heads_too_wide_for_registers():
+    d, e = ops.WIDEST_HEAD
+    for key_dim, value_dim in ((d + 1, 4), (4, e + 1)):
+        row = torch.randn(1, 2 * key_dim + value_dim, 3, device=DEVICE)
+        tables = [torch.randn(1, key_dim, 16, device=DEVICE)] * 4
+        with pytest.raises(RuntimeError, match="heads of at most D, E = "):
+            ops.axial_attention_pair(row, row, tables, 1, key_dim, backend="triton")
+        q, k, v = row.split([key_dim, key_dim, value_dim], dim=1)
+        with pytest.raises(RuntimeError, match="heads of at most D, E = "):
+            ops.axial_attention(q, k, v, 1, 0.1, backend="triton")
 
 
 def test_refusals(monkeypatch):

@@ -137,7 +137,7 @@ def tile(x: Tensor) -> Tile:
         block_h = 2048 // (block_c * block_w)
     else:
         block_w = power_of_2(w, least=8, most=256)
-        block_h = power_of_2(h, least=8, most=min(32, 2048 // block_w))
+        block_h = power_of_2(h, least=8, most=min(32, 1024 // block_w))
         block_c = 2048 // (block_h * block_w)
     return Tile(block_c, block_h, block_w)
 

@@ -1,0 +1,57 @@
+#!/usr/bin/env bash
+# Everything that needs an NVIDIA GPU, in under eight minutes and no more than eight files: the
+# kernels compiled in parallel, the GPU tests, the benchmarks. A short table comes last.
+#
+#   bash bench/gpu.sh [--out FOLDER]     default: bench/results/<device>
+#
+# Uses the packages that PYTHON (default python3) has, and no network.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python3}
+OUT=
+while [ $# -gt 0 ]; do
+    case $1 in
+        --out) OUT=$2; shift 2 ;;
+        *) sed -n '2,8s/^# \{0,1\}//p' "$0"; exit 2 ;;
+    esac
+done
+read -r NAME TARGET < <($PYTHON - <<'EOF'
+import re, sys, torch
+if not torch.cuda.is_available():
+    sys.exit("gpu.sh needs an NVIDIA GPU that torch can see")
+name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+print(name, "sm_%d%d" % torch.cuda.get_device_capability())
+EOF
+) || exit 1
+OUT=${OUT:-bench/results/$NAME}
+mkdir -p "$OUT"
+STATUS=0
+SUMMARY=
+
+# part TITLE SECONDS COMMAND...: runs it, goes on where it fails, remembers how it ended.
+part() {
+    local title=$1 limit=$2 begin=$SECONDS code=0
+    shift 2
+    echo "== $title"
+    timeout "$limit" "$@" || code=$?
+    [ $code -eq 0 ] || STATUS=1
+    SUMMARY+="$(printf '%-12s exit %-4s %4d s' "$title" $code $((SECONDS - begin)))"$'\n'
+}
+
+part library 90 make --silent setup VENV=none PYTHON="$PYTHON"
+part kernels 120 $PYTHON -m bench static --targets "$TARGET" --all --out "$OUT/static.json" \
+    > "$OUT/static.txt" 2>&1
+tail -n 1 "$OUT/static.txt"
+rm "$OUT/static.txt"
+XDIST=()
+$PYTHON -c 'import xdist' 2> /dev/null && XDIST=(-n 8)
+part tests 180 $PYTHON -m pytest -q -m gpu "${XDIST[@]}" tests/test_triton.py tests/test_gpu.py \
+    > "$OUT/tests.txt" 2>&1
+tail -n 40 "$OUT/tests.txt"
+part operators 170 $PYTHON -m bench operators --device cuda --dtype float16 float32 --batch 1 16 \
+    --quick --cases B1 YOLOv8s-P3 --out "$OUT"
+part blocks 60 $PYTHON -m bench run --device cuda --dtype float16 --quick --cases B1 YOLOv8s-P3 \
+    --out "$OUT"
+echo "== $NAME, $TARGET: $OUT"
+printf '%s' "$SUMMARY"
+exit $STATUS

@@ -1,0 +1,229 @@
+"""What only a GPU can show: graphs, streams, devices, precision, tensors past 2**31 elements."""
+
+import copy
+import threading
+
+import pytest
+import torch
+
+from seaattn_kernels import SeaAttention, ops, reference, verify
+
+pytestmark = pytest.mark.gpu
+
+CASES = {
+    case.name: case
+    for case in verify.OPERATOR_CASES
+    if case.name in ops.OPERATORS["triton"] and case.shapes[0][-1] > 1
+}
+
+
+def step(case, leaves, upstream):
+    """Outputs and gradients of one operator."""
+    out = case.run(leaves, "triton")
+    return [*out, *torch.autograd.grad(out, leaves, upstream)]
+
+
+def arguments(case, seed=0):
+    leaves = [t.requires_grad_() for t in case.inputs(seed, "cuda", torch.float32)]
+    upstream = [torch.randn_like(t) for t in case.run(leaves, "reference")]
+    return leaves, upstream
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_replays_in_a_graph(case):
+    leaves, upstream = arguments(case)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step(case, leaves, upstream)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        recorded = step(case, leaves, upstream)
+    for seed in (1, 2):
+        with torch.no_grad():
+            for leaf, fresh in zip(leaves, case.inputs(seed, "cuda", torch.float32), strict=True):
+                leaf.copy_(fresh)
+        graph.replay()
+        found = [t.clone() for t in recorded]
+        for ours, theirs in zip(found, step(case, leaves, upstream), strict=True):
+            assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_runs_on_the_current_stream(case):
+    """An input that is ready late, on a stream of its own, is waited for."""
+    leaves, upstream = arguments(case)
+    expected = step(case, leaves, upstream)
+    late = [torch.full_like(t, float("nan")).requires_grad_() for t in leaves]
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        with torch.no_grad():
+            for target, source in zip(late, leaves, strict=True):
+                target.copy_(source)
+        found = step(case, late, upstream)
+    stream.synchronize()
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_runs_on_a_device_that_is_not_current(case):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    leaves, upstream = arguments(case)
+    expected = step(case, leaves, upstream)
+    away = [t.detach().to("cuda:1").requires_grad_() for t in leaves]
+    assert torch.cuda.current_device() == 0
+    found = step(case, away, [t.to("cuda:1") for t in upstream])
+    assert torch.cuda.current_device() == 0
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours.to("cuda:0"), theirs)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_twice_the_same_bits(case):
+    leaves, upstream = arguments(case)
+    first = step(case, leaves, upstream)
+    for _ in range(5):
+        for ours, theirs in zip(step(case, leaves, upstream), first, strict=True):
+            assert torch.equal(ours, theirs)
+
+
+def test_two_threads_at_once():
+    block = verify.randomise(SeaAttention(64, 16, 4, backend="triton")).cuda().train()
+    blocks = [copy.deepcopy(block) for _ in range(2)]
+    x = torch.randn(4, 64, 33, 20, device="cuda")
+    expected = copy.deepcopy(block)(x)
+    found = [None, None]
+
+    def work(index):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(20):
+                found[index] = copy.deepcopy(blocks[index])(x)
+            torch.cuda.current_stream().synchronize()
+
+    torch.cuda.synchronize()
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for out in found:
+        torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_training_takes_triton_by_itself(monkeypatch):
+    assert ops.settle("axial_attention_pair", "auto", torch.device("cuda"), torch.float32) == (
+        ("triton", None)
+        if torch.cuda.get_device_capability() >= (8, 0)
+        else ("reference", "below compute capability 8.0 plain PyTorch is taken")
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_block_under_autocast_and_in_a_graph_of_its_own(dtype):
+    """A training step captured whole, as ``torch.cuda.make_graphed_callables`` does it."""
+    block = verify.randomise(SeaAttention(128, 16, 4, backend="triton")).cuda().train()
+    twin = copy.deepcopy(block)
+    x = torch.randn(4, 128, 20, 20, device="cuda", requires_grad=True)
+    enabled = dtype is not torch.float32
+    with torch.autocast("cuda", dtype, enabled=enabled, cache_enabled=False):
+        graphed = torch.cuda.make_graphed_callables(copy.deepcopy(block), (x,))
+        ours = graphed(x)
+        theirs = reference.sea_attention(twin, x)
+    tolerance = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}[dtype]
+    torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=tolerance)
+    gradient = torch.randn_like(theirs)
+    found = torch.autograd.grad(ours, x, gradient)[0]
+    expected = torch.autograd.grad(theirs, x, gradient)[0]
+    error = (found - expected).double().norm() / expected.double().norm()
+    assert error < tolerance
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_compiles_whole(training):
+    torch._dynamo.reset()
+    block = verify.randomise(SeaAttention(64, 16, 4)).cuda().train(training)
+    twin = copy.deepcopy(block)
+    compiled = torch.compile(block, fullgraph=True)
+    x = torch.randn(2, 64, 15, 8, device="cuda", requires_grad=training)
+    with torch.set_grad_enabled(training):
+        ours, theirs = compiled(x), reference.sea_attention(twin, x)
+    torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)
+    if training:
+        found, expected = (torch.autograd.grad(t.square().sum(), x)[0] for t in (ours, theirs))
+        error = (found - expected).norm() / expected.norm()
+        assert error < 1e-3
+
+
+def test_products_follow_the_switch_of_tf32(monkeypatch):
+    heads, d, e, n = 4, 24, 48, 64
+    tensors = [torch.randn(2, heads * (2 * d + e), n, device="cuda") for _ in range(2)]
+    tables = [torch.randn(1, heads * d, 16, device="cuda") for _ in range(4)]
+
+    def pair(tensors, backend):
+        first = tensors[2:]
+        return ops.axial_attention_pair(*tensors[:2], first, heads, d, backend=backend)[0]
+
+    truth = pair([t.double() for t in (*tensors, *tables)], "reference")
+    errors = {}
+    for switch in (False, True):
+        monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", switch)
+        found = pair([*tensors, *tables], "triton").double()
+        errors[switch] = float((found - truth).norm() / truth.norm())
+    assert errors[False] < 2e-6
+    assert 2e-5 < errors[True] < 5e-3
+
+
+# --- past 2**31 elements ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def huge():
+    """A map of 2.4e9 elements in half precision."""
+    needed = 4 * 2 * 3 * 2**28 * 3
+    if torch.cuda.mem_get_info()[0] < needed:
+        pytest.skip(f"needs {needed >> 30} GiB of GPU memory")
+    torch.cuda.empty_cache()
+    x = torch.randn(1, 9, 2**14, 2**14, device="cuda", dtype=torch.float16)
+    assert x.numel() > 2**31
+    yield x
+    del x
+    torch.cuda.empty_cache()
+
+
+def test_squeeze_past_2_to_31(huge):
+    b, c, h, w = huge.shape
+    for x in (huge, huge.view(b, h, w, c).permute(0, 3, 1, 2), huge.view(c, b, h, w)):
+        row, column = ops.axial_squeeze(x, "triton")
+        for image in range(x.shape[0]):
+            for channel in range(x.shape[1]):
+                part = x[image, channel].float()
+                for ours, theirs in (
+                    (row[image, channel], part.mean(1)),
+                    (column[image, channel], part.mean(0)),
+                ):
+                    torch.testing.assert_close(ours.float(), theirs, atol=1e-4, rtol=1e-2)
+    spread = huge[:, :, :: 2**12, :: 2**12]
+    row, column = ops.axial_squeeze(spread, "triton")
+    torch.testing.assert_close(row, spread.mean(3), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(column, spread.mean(2), atol=1e-3, rtol=1e-3)
+
+
+def test_maps_past_2_to_31(huge):
+    b, c, h, w = huge.shape
+    row = torch.randn(b, c, h, device="cuda", dtype=huge.dtype)
+    column = torch.randn(b, c, w, device="cuda", dtype=huge.dtype)
+    out = ops.broadcast_add(huge, row, column, "relu", backend="triton")
+    last = huge[0, -1] + row[0, -1, :, None] + column[0, -1]
+    torch.testing.assert_close(out[0, -1], last.relu(), atol=2e-2, rtol=2e-2)
+    del out
+    out = ops.gate(huge, huge, backend="triton")
+    torch.testing.assert_close(out[0, -1], ops.gate(huge[:, -1:], huge[:, -1:])[0, 0])
+    del out
+    spread = torch.ops.seaattn_kernels.axial_squeeze_backward.triton(row, column, False)
+    expected = row[0, -1, :, None].float() / w + column[0, -1].float() / h
+    torch.testing.assert_close(spread[0, -1], expected.half(), atol=1e-6, rtol=1e-2)

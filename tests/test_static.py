@@ -1,0 +1,160 @@
+"""The static check of the Triton kernels: that it passes, and that it can fail."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from triton.backends.compiler import GPUTarget
+
+from bench import static
+from seaattn_kernels.kernels import squeeze
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    """Python in a process in which Triton compiles, whatever it does in this one."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+
+
+def test_command(tmp_path):
+    path = tmp_path / "static.json"
+    kernels = ["gate_kernel", "combine_kernel", "spread_kernel"]
+    done = run("-m", "bench", "static", "--targets", "sm_75", "gfx942", "--kernels", *kernels,
+               "--out", str(path))  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads(path.read_text())["rows"]
+    assert sorted((row["kernel"], row["target"]) for row in rows) == sorted(
+        (kernel, target) for kernel in kernels for target in ("sm_75", "gfx942")
+    )
+    for row in rows:
+        assert row["registers"] > 4
+        assert 0 < row["occupancy"] <= 1
+        assert row["predicted_us"] > 0
+        assert row["kernel"] in done.stdout
+        assert not row["wrong"]
+    assert "sm_75 (T4): 3 compiled, 0 spill, 0 wrong" in done.stdout
+
+
+def test_command_refuses():
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "bench", "static", "--targets", "sm_90"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "TRITON_INTERPRET" in done.stderr
+    done = run("-m", "bench", "static", "--targets", "sm_91")
+    assert done.returncode != 0
+    assert "sm_90" in done.stderr
+
+
+FINDINGS = """
+import dataclasses, json
+from bench import static
+from seaattn_kernels.kernels import axial_attention
+
+# Blocks as a first version had them.
+sizes = axial_attention._sizes
+def large(*arguments):
+    programs, runtime, constants = sizes(*arguments)
+    return programs, runtime, constants | {"BLOCK": 64, "num_warps": 4}
+axial_attention._sizes = large
+static._HEADS = [(24, 48)]
+static._SIDES = []
+found = static.launches(static.TARGETS["sm_80"])
+backward = next(one for one in found if one.kernel == "attention_backward_kernel")
+spill = static.compiled(backward)
+static.TARGETS["sm_80"] = dataclasses.replace(static.TARGETS["sm_80"], shared_program=1024)
+shared = static.compiled(backward)
+broken = json.loads(backward.data)
+broken["signature"]["heads"] = "*fp32"
+error = static.compiled(dataclasses.replace(backward, data=json.dumps(broken)))
+print(json.dumps([spill.wrong, shared.wrong, error.wrong]))
+"""
+
+
+def test_sees_what_is_wrong():
+    done = run("-c", FINDINGS)
+    assert done.returncode == 0, done.stderr
+    spill, shared, error = json.loads(done.stdout.splitlines()[-1])
+    assert spill.startswith("spills ")
+    assert shared.startswith("needs ")
+    assert error.startswith("does not compile: ")
+
+
+VECTORS = """
+from bench import static
+static._SIDES = []
+for found in static.launches(static.TARGETS["sm_90"], brief=True):
+    if found.example == "16x512x32x32 NCHW":
+        text = static.binary(found).asm["ptx"]
+        print(found.kernel, "ld.global.v4.b32" in text, "st.global.v4.b32" in text)
+"""
+
+
+def test_maps_move_in_vectors_of_sixteen_bytes():
+    done = run("-c", VECTORS)
+    assert done.returncode == 0, done.stderr
+    kernels = ("broadcast_add", "broadcast_add_backward", "gate", "gate_backward")
+    expected = {f"{kernel}_kernel True True" for kernel in kernels}
+    assert set(done.stdout.splitlines()) == {
+        *expected,
+        "squeeze_kernel True False",
+        "spread_kernel False True",
+    }
+
+
+def test_occupancy():
+    sm_80, sm_90, gfx942 = (static.TARGETS[name] for name in ("sm_80", "sm_90", "gfx942"))
+    assert static.occupancy(sm_80, 32, 0, 8) == 1
+    assert static.occupancy(sm_80, 128, 0, 8) == 0.25
+    assert static.occupancy(sm_80, 255, 0, 8) == 0.125
+    assert static.occupancy(sm_80, 32, 40 * 1024, 8) == 0.5
+    assert static.occupancy(sm_90, 32, 0, 1) == 0.5  # 32 programs of one warp
+    assert static.occupancy(gfx942, 64, 0, 8) == 1
+    assert static.occupancy(gfx942, 256, 0, 4) == 0.25
+
+
+def test_targets_are_those_promised():
+    assert list(static.TARGETS) == [
+        "sm_75", "sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942",
+    ]  # fmt: skip
+    assert static.TARGETS["gfx942"].triton == GPUTarget("hip", "gfx942", 64)
+    assert static.TARGETS["sm_120"].capability == (12, 0)
+
+
+def test_every_tile_of_a_map_is_compiled():
+    """The sides that are swept reach each tile that a map of any size can get."""
+
+    def tiles(sides):
+        return {
+            squeeze.tile(x)
+            for h in sides
+            for w in sides
+            for x in static._layouts(1, 128, h, w, static.DTYPES[0]).values()
+        }
+
+    assert tiles(static._SIDES) == tiles([1, 2, 5, *range(8, 70), 100, 128, 200, 256, 500, 1024])
+
+
+@pytest.mark.parametrize("name", ["attention", "statistics", "attention_backward", "tables"])
+def test_products_are_counted(name):
+    values = {
+        "row_ptr": torch.empty(2, 1, 1), "heads": 3, "H": 5, "W": 7, "D": 4, "E": 8, "B": 2,
+        "row_q_len": 16, "row_k_len": 16, "column_q_len": 16, "column_k_len": 16, "width": 12,
+    }  # fmt: skip
+    pairs = 2 * 3 * (25 + 49)
+    expected = {
+        "attention": 2 * pairs * 12,
+        "statistics": 2 * pairs * 12,
+        "attention_backward": 2 * pairs * 40,
+        "tables": 12 * (2 * 32 * 12 + 2 * 2 * 12),
+    }
+    assert static._FLOPS[f"{name}_kernel"](values) == expected[name]
