@@ -4,11 +4,12 @@ A block is recognised by the names of its layers and by what they are, not by it
 class of its own computes cannot be read: such classes count only where they are trusted.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -179,6 +180,20 @@ def facts(block: nn.Module, kinds: Iterable[type]) -> dict[str, object]:
     return found
 
 
+def changed(block: nn.Module, kinds: Iterable[type], known: Mapping[str, object]) -> list[str]:
+    """The names of those :func:`facts` that are not what they were."""
+    # By name: not every version of torch.compile reads the dictionary of an instance.
+    layers = dict(block.named_modules())
+    now = {f"{kind.__name__}.forward": kind.forward for kind in kinds}
+    found = []
+    for name, value in known.items():
+        layer, _, attribute = name.rpartition(".")
+        current = now[name] if name in now else getattr(layers.get(layer), attribute, None)
+        if current != value:
+            found.append(name)
+    return found
+
+
 def plain_attributes(layer: nn.Module) -> dict[str, object]:
     """The attributes of a layer that are numbers, strings, None or tuples of those."""
     plain = (bool, int, float, str, type(None))
@@ -277,12 +292,10 @@ def _check_convolution(name: str, conv: nn.Conv2d, shape: tuple[int, ...]) -> No
 
 def _table(name: str, layer: nn.Module, keys: int, unproven: set[type]) -> str:
     """The name of the position table in its layer. In replicas parameters are plain attributes."""
-    found = {
-        key: t
-        for attributes in (layer.__dict__, layer._parameters)
-        for key, t in attributes.items()
-        if isinstance(t, Tensor)
-    }
+    # Not every version of torch.compile reads the dictionary of an instance.
+    attributes = {} if torch.compiler.is_compiling() else dict(layer.__dict__)
+    attributes.update(layer._parameters)
+    found = {key: t for key, t in attributes.items() if isinstance(t, Tensor)}
     if len(found) != 1 or layer._modules or any(t is not None for t in layer._buffers.values()):
         raise Obstacle(f"{name} is {type(layer).__name__}, not one position table")
     (key, table), *_ = found.items()

@@ -22,8 +22,8 @@ from seaattn_kernels.anatomy import (
     Anatomy,
     ConvNorm,
     Obstacle,
+    changed,
     dissect,
-    facts,
     plain_attributes,
 )
 
@@ -342,10 +342,9 @@ class FoldCache:
     def _dissect(self, block: nn.Module) -> Anatomy:
         anatomy = dissect(block, self.trusted, self.hard)
         if self.facts is not None:
-            now = facts(block, self.trusted)
-            changed = [name for name, value in self.facts.items() if now.get(name) != value]
-            if changed:
-                raise Obstacle(f"changed after it was compared: {', '.join(changed)}")
+            names = changed(block, self.trusted, self.facts)
+            if names:
+                raise Obstacle(f"changed after it was compared: {', '.join(names)}")
         return anatomy
 
     def get(self, block: nn.Module) -> FoldedWeights | None:

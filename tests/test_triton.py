@@ -424,16 +424,17 @@ BLOCKS = [
 ]
 
 
+@pytest.mark.parametrize("dtype", LOW, ids=str)
 @pytest.mark.parametrize("path", BLOCKS, ids=lambda p: p.stem)
-def test_golden_training_in_float32_keeps_the_budget(path):
+def test_golden_training_keeps_the_budget(path, dtype):
     """Outputs, gradients and running statistics, pooled each, beside eager's."""
     golden = verify.load_golden(path)
     found = {}
     for name in ("triton", "eager"):
-        block = golden.model("triton").float().to(DEVICE).train()
-        x = golden.random("x").float().to(DEVICE).requires_grad_()
+        block = golden.model("triton").to(DEVICE, dtype).train()
+        x = golden.random("x").to(DEVICE, dtype).requires_grad_()
         out = block(x) if name == "triton" else reference.sea_attention(block, x)
-        out.backward(golden.random("dout").float().to(DEVICE))
+        out.backward(golden.random("dout").to(DEVICE, dtype))
         found[name] = {"out": out, "grad/x": x.grad}
         found[name] |= {f"grad/{key}": p.grad for key, p in block.named_parameters()}
         found[name] |= {f"buffer/{key}": b for key, b in block.named_buffers()}
@@ -450,7 +451,7 @@ def test_golden_training_in_float32_keeps_the_budget(path):
             [table[name].detach().cpu().double() / scale[name] for name in names]
             for table in (found["triton"], found["eager"], stored)
         )
-        verdict = budget.judge(ours, eager, truth, torch.float32, gradient=kind == "grad/")
+        verdict = budget.judge(ours, eager, truth, dtype, gradient=kind == "grad/")
         assert verdict.ok, (kind, str(verdict))
 
 
