@@ -19,7 +19,7 @@ READY := $(VENV)/.library
 endif
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: setup demo test bench lint clean
+.PHONY: setup demo test static bench lint clean
 
 setup: $(READY)
 
@@ -28,6 +28,9 @@ demo: setup
 
 test: setup
 	$(PY) -m pytest $(ARGS)
+
+static: setup
+	$(PY) -m bench static $(ARGS)
 
 bench: setup
 	$(PY) -m bench run $(ARGS)

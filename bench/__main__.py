@@ -46,15 +46,15 @@ def _parser() -> argparse.ArgumentParser:
         "--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE",
         help=f"default: all of {', '.join(CASES)}",
     )  # fmt: skip
-    timed.add_argument("--quick", action="store_true", help="two maps a case, less time on each")
+    timed.add_argument("--dtype", choices=DTYPES, default="float32", help="default: %(default)s")
+    timed.add_argument("--batch", type=positive_argument, default=1, help="default: %(default)s")
+    timed.add_argument("--quick", action="store_true", help="fewer maps, less time on each")
     timed.add_argument(
         "--out", type=Path, help="folder (bench/results/<machine>; quick: out/bench)"
     )
     run = commands.add_parser(
         "run", parents=[timed], help="whole blocks in eval mode: check, time, write JSON and chart"
     )
-    run.add_argument("--dtype", choices=DTYPES, default="float32", help="default: %(default)s")
-    run.add_argument("--batch", type=positive_argument, default=1, help="default: %(default)s")
     run.add_argument("--threads", type=positive_argument, help="torch.set_num_threads")
     run.add_argument(
         "--providers", nargs="+", choices=PROVIDERS, metavar="PROVIDER",
@@ -64,8 +64,6 @@ def _parser() -> argparse.ArgumentParser:
         "operators", parents=[timed],
         help="the Triton operators and a training step of the block, the same way",
     )  # fmt: skip
-    each.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32"], metavar="DTYPE")
-    each.add_argument("--batch", nargs="+", type=positive_argument, default=[16], metavar="BATCH")
     each.add_argument(
         "--providers", nargs="+", choices=operators.PROVIDERS, metavar="PROVIDER",
         default=list(operators.PROVIDERS), help="default: all of " + ", ".join(operators.PROVIDERS),
@@ -155,32 +153,39 @@ def run(arguments: argparse.Namespace) -> int:
 def run_operators(arguments: argparse.Namespace) -> int:
     """Measure operators; non-zero where a provider is refused."""
     device = arguments.device
+    dtype = DTYPES[arguments.dtype]
     jobs = [
-        (DTYPES[dtype], batch, CASES[name], size)
-        for dtype in arguments.dtype
-        for batch in arguments.batch
+        (CASES[name], size)
         for name in arguments.cases
-        for size in list(CASES[name].maps.values())[: 2 if arguments.quick else None]
+        for size in list(CASES[name].maps.values())[-1 if arguments.quick else 0 :]
     ]
     rows: list[dict] = []
     refused: list[str] = []
-    for dtype, batch, case, size in tqdm(jobs, "maps", dynamic_ncols=True, disable=None):
-        found = operators.measure(
-            case, size, batch, arguments.providers, device, dtype,
-            seconds=0.3 if arguments.quick else 1.0,
-            seeds=SEEDS[:3] if arguments.quick else SEEDS,
-            log=refused.append,
-        )  # fmt: skip
-        tqdm.write(operators.table(found))
-        rows += found
+    status = 0
+    try:
+        for case, size in tqdm(jobs, "maps", dynamic_ncols=True, disable=None):
+            found = operators.measure(
+                case, size, arguments.batch, arguments.providers, device, dtype,
+                seconds=0.3 if arguments.quick else 1.0,
+                seeds=SEEDS[:3] if arguments.quick else SEEDS,
+                log=refused.append,
+            )  # fmt: skip
+            tqdm.write(operators.table(found))
+            rows += found
+    except KeyboardInterrupt:
+        print("stopped: what is done is kept", file=sys.stderr)
+        status = 130
     for line in refused:
         print(line)
+    if not rows:
+        return status or 1
     folder = arguments.out or (SCRATCH if arguments.quick else results.results_dir(device))
+    path = folder / f"operators-{arguments.dtype}-batch{arguments.batch}.json"
     document = results.document(rows, device)
-    results.write(folder / "operators.json", document)
-    print(folder / "operators.json")
-    print(plot(document, folder / "operators.png"))
-    return int(bool(refused))
+    results.write(path, document)
+    print(path)
+    print(plot(document, path.with_suffix(".png")))
+    return status or int(bool(refused))
 
 
 def static(arguments: argparse.Namespace) -> int:

@@ -33,25 +33,26 @@ part() {
     local title=$1 limit=$2 begin=$SECONDS code=0
     shift 2
     echo "== $title"
-    timeout "$limit" "$@" || code=$?
+    timeout --signal INT --kill-after 10 "$limit" "$@" || code=$?
     [ $code -eq 0 ] || STATUS=1
     SUMMARY+="$(printf '%-12s exit %-4s %4d s' "$title" $code $((SECONDS - begin)))"$'\n'
 }
 
-part library 90 make --silent setup VENV=none PYTHON="$PYTHON"
-part kernels 120 $PYTHON -m bench static --targets "$TARGET" --all --out "$OUT/static.json" \
-    > "$OUT/static.txt" 2>&1
-tail -n 1 "$OUT/static.txt"
-rm "$OUT/static.txt"
+part library 40 make --silent setup VENV=none PYTHON="$PYTHON"
+part kernels 60 $PYTHON -m bench static --targets "$TARGET" --all --out "$OUT/static.json" \
+    > "$OUT/tests.txt" 2>&1
+tail -n 2 "$OUT/tests.txt"
 XDIST=()
 $PYTHON -c 'import xdist' 2> /dev/null && XDIST=(-n 8)
-part tests 180 $PYTHON -m pytest -q -m gpu "${XDIST[@]}" tests/test_triton.py tests/test_gpu.py \
+part tests 150 $PYTHON -m pytest -q -m gpu "${XDIST[@]}" tests/test_triton.py tests/test_gpu.py \
     > "$OUT/tests.txt" 2>&1
 tail -n 40 "$OUT/tests.txt"
-part operators 170 $PYTHON -m bench operators --device cuda --dtype float16 float32 --batch 1 16 \
-    --quick --cases B1 YOLOv8s-P3 --out "$OUT"
-part blocks 60 $PYTHON -m bench run --device cuda --dtype float16 --quick --cases B1 YOLOv8s-P3 \
-    --out "$OUT"
+part operators 110 $PYTHON -m bench operators --device cuda --quick --out "$OUT" \
+    --cases B1 YOLOv8s-P3 --dtype float16 --batch 16
+part latency 40 $PYTHON -m bench operators --device cuda --quick --out "$OUT" \
+    --cases T1 B1 --dtype float32 --batch 1 --providers triton
+part blocks 60 $PYTHON -m bench run --device cuda --quick --out "$OUT" \
+    --cases B1 YOLOv8s-P3 --dtype float16 --providers reference compile
 echo "== $NAME, $TARGET: $OUT"
 printf '%s' "$SUMMARY"
 exit $STATUS

@@ -188,7 +188,7 @@ def measure(
                 right.append(name)
             else:
                 log(f"{case.name} {size[0]}x{size[1]} {work.name} {name} is not timed, it {wrong}")
-        rows += _timed(work, case, size, batch, right, device, dtype, seconds)
+        rows += _timed(work, case, size, batch, right, device, dtype, seconds, log)
     return rows
 
 
@@ -201,6 +201,7 @@ def _timed(
     device: torch.device,
     dtype: torch.dtype,
     seconds: float,
+    log: Callable[[str], None],
 ) -> list[dict]:
     inputs = work.inputs(0)
     out = work.forward["eager"](inputs)
@@ -214,7 +215,10 @@ def _timed(
         ):
             calls[name, mode, "call"] = call
             if device.type == "cuda":
-                calls[name, mode, "graph"] = graphed(call)
+                try:
+                    calls[name, mode, "graph"] = graphed(call)
+                except RuntimeError as error:
+                    log(f"{work.name} {mode} {name} is not captured: {str(error).splitlines()[0]}")
     if device.type == "cuda":
         source = torch.empty(GPU_COPY_BYTES, device=device, dtype=torch.uint8)
         target, one = torch.empty_like(source), torch.empty(1, device=device)

@@ -58,7 +58,7 @@ def judge(
     def errors(tensors: Sequence[Tensor]) -> tuple[float, float]:
         pooled = torch.cat(
             [
-                (x.detach().double().cpu() - y.detach().double().cpu()).flatten()
+                (x.detach().double() - y.detach().to(x.device, torch.float64)).flatten()
                 for x, y in zip(tensors, truth, strict=True)
             ]
         )

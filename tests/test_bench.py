@@ -2,6 +2,7 @@
 
 import getpass
 import json
+import os
 import re
 import socket
 import subprocess
@@ -15,14 +16,14 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench import demo, results
-from bench.cases import CASES, SWEEP_SIDES
+from bench import demo, operators, results, timing
+from bench.cases import CASES, SWEEP_SIDES, Case
 from bench.eager import EagerSeaAttention, as_eager
 from bench.limit import ProductTime, products
 from bench.measure import available, block_of, measure
 from bench.plot import plot
 from bench.timing import Timing, check_then_time, interleave, median_interval
-from seaattn_kernels import SeaAttention
+from seaattn_kernels import SeaAttention, ops
 from seaattn_kernels.budget import SEEDS
 from seaattn_kernels.patch import Swapped
 
@@ -467,3 +468,100 @@ def test_wrong_arguments_are_a_line(arguments, monkeypatch, capsys):
     with pytest.raises(SystemExit) as raised:
         command.main()
     assert raised.value.code != 0
+
+
+# --- operators -------------------------------------------------------------------------------
+
+TOY = Case("toy", 8, 4, 1, stride=4)
+
+
+def _measure_operators(log, providers=("triton",)):
+    return operators.measure(
+        TOY, (3, 4), 1, providers, CPU, torch.float32, seconds=0.0, seeds=SEEDS[:2], log=log
+    )
+
+
+def test_operators_are_measured_in_both_modes(monkeypatch, tmp_path):
+    monkeypatch.setattr(timing, "FEWEST_ROUNDS", 1)
+    log = []
+    rows = _measure_operators(log.append)
+    assert not log
+    names = ["axial_squeeze", "axial_attention_pair", "broadcast_add", "gate", "block"]
+    found = Counter((row["operator"], row["mode"], row["way"], row["provider"]) for row in rows)
+    assert found == Counter(
+        (name, mode, "call", provider)
+        for name in names
+        for mode in ("forward", "step")
+        for provider in ("eager", "triton")
+    )
+    for row in rows:
+        assert row["ms"] > 0
+        assert row["ms_limit"] is None  # a limit needs a GPU
+        if row["provider"] == "eager":
+            assert row["speedup"] == 1
+    # x once, a row and a column: float32, 12 elements in each of 8 + 8 channels of q, k, v.
+    squeeze = next(row for row in rows if row["operator"] == "axial_squeeze")
+    assert squeeze["bytes"] == 4 * TOY.projected * (12 + 3 + 4)
+    assert len(operators.table(rows).splitlines()) == 10
+    document = results.document(rows, CPU)
+    assert plot(document, tmp_path / "operators.png").read_bytes().startswith(PNG)
+
+
+def test_a_wrong_operator_is_not_timed(monkeypatch):
+    monkeypatch.setattr(timing, "FEWEST_ROUNDS", 1)
+    right = ops.gate
+
+    def wrong(x, y, hard=True, backend="auto"):
+        return right(x, y, hard, backend) * (1.001 if backend == "triton" else 1)
+
+    monkeypatch.setattr(ops, "gate", wrong)
+    log = []
+    rows = _measure_operators(log.append)
+    assert [line.split(" is not timed")[0] for line in log] == [
+        "toy 3x4 gate triton", "toy 3x4 block triton",
+    ]  # fmt: skip
+    timed = {row["operator"] for row in rows if row["provider"] == "triton"}
+    assert timed == {"axial_squeeze", "axial_attention_pair", "broadcast_add"}
+
+
+# --- the run on a GPU ------------------------------------------------------------------------
+
+
+def test_gpu_script_runs_every_part_and_reports(tmp_path):
+    """With a Python that notes what it is asked for: no part stops the others."""
+    (tmp_path / "bench").mkdir()
+    script = tmp_path / "bench" / "gpu.sh"
+    script.write_text((ROOT / "bench" / "gpu.sh").read_text())
+    stub = tmp_path / "python"
+    stub.write_text(
+        f'#!/bin/sh\necho "$*" >> {tmp_path}/asked\n'
+        'case "$*" in -) echo some-gpu sm_90 ;; *-m?pytest*) exit 3 ;; esac\n'
+    )
+    stub.chmod(0o755)
+    out = tmp_path / "out"
+    done = subprocess.run(
+        ["bash", script, "--out", out],
+        env={**os.environ, "PYTHON": str(stub)}, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 1
+    summary = done.stdout[done.stdout.index("== some-gpu, sm_90") :]
+    parts = {line.split()[0]: int(line.split()[2]) for line in summary.splitlines()[1:]}
+    assert list(parts) == ["library", "kernels", "tests", "operators", "latency", "blocks"]
+    assert parts["tests"] == 3
+    assert parts["kernels"] == parts["operators"] == 0
+    asked = (tmp_path / "asked").read_text()
+    assert "static --targets sm_90 --all" in asked
+    assert "pytest -q -m gpu" in asked
+    limits = re.findall(r"^part \S+ (\d+)", script.read_text(), re.MULTILINE)
+    assert sum(map(int, limits)) < 8 * 60
+
+
+def test_gpu_script_needs_a_gpu(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    done = subprocess.run(
+        ["bash", ROOT / "bench" / "gpu.sh", "--out", tmp_path],
+        env={**os.environ, "PYTHON": sys.executable}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "needs an NVIDIA GPU" in done.stderr

@@ -158,3 +158,28 @@ def test_products_are_counted(name):
         "tables": 12 * (2 * 32 * 12 + 2 * 2 * 12),
     }
     assert static._FLOPS[f"{name}_kernel"](values) == expected[name]
+
+
+SIZES = """
+from collections import Counter
+from functools import partial
+from bench import static
+
+def calls(dtypes):
+    for h in range(33, 65):
+        for w in range(33, 65):
+            x = static._layouts(16, 128, h, w, dtypes[1])["NCHW"]
+            yield "", partial(static._operators_of_a_map, x, [static._RELU6])
+            yield "", partial(static._operators_of_an_axis, 16, 8, 16, 32, h, w, dtypes[1])
+
+static._examples = calls
+found = Counter(one.kernel for one in static.launches(static.TARGETS["sm_90"]))
+print(max(found.values()), found["attention_kernel"], found["attention_backward_kernel"])
+"""
+
+
+def test_a_thousand_sizes_of_maps_share_three_compilations():
+    """A size compiles anew only where it changes what is a multiple of 16."""
+    done = run("-c", SIZES)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["3", "1", "1"]
