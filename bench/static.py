@@ -295,15 +295,16 @@ def launches(target: Target, brief: bool = False) -> list[Launch]:
     found: dict[str, Launch] = {}
     example = [""]
     dtypes = DTYPES if target.capability != (7, 5) else DTYPES[:2]
-    switch = torch.backends.cuda.matmul.allow_tf32
+    matmul = torch.backends.cuda.matmul
+    switch = matmul.fp32_precision
     try:
         with _recorded(target, found, example):
             for name, call in _examples(dtypes):
                 example[0] = name
-                for torch.backends.cuda.matmul.allow_tf32 in (False, True):
+                for matmul.fp32_precision in ("ieee", "tf32"):
                     call()
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = switch
+        matmul.fp32_precision = switch
     if not brief:
         return list(found.values())
     first: dict[str, Launch] = {}

@@ -112,6 +112,8 @@ def _register_flop_formulas() -> None:
 # --- choice of a backend ---------------------------------------------------------------------
 
 _warned: set[str] = set()
+_capabilities: dict[torch.device, tuple[int, int]] = {}
+_HAS_TRITON = importlib.util.find_spec("triton") is not None  # which does not import it
 
 
 def refusal(
@@ -143,7 +145,7 @@ def refusal(
 
 
 def _triton_refusal(device: torch.device, dtype: torch.dtype, head: tuple[int, int]) -> str | None:
-    if importlib.util.find_spec("triton") is None:
+    if not _HAS_TRITON:
         return "triton is not installed"
     if head[0] > WIDEST_HEAD[0] or head[1] > WIDEST_HEAD[1]:
         return f"backend 'triton' takes heads of at most D, E = {WIDEST_HEAD}, got {head}"
@@ -158,9 +160,11 @@ def _triton_refusal(device: torch.device, dtype: torch.dtype, head: tuple[int, i
     return None
 
 
-@cache
+@torch.compiler.assume_constant_result
 def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
+    if device not in _capabilities:
+        _capabilities[device] = torch.cuda.get_device_capability(device)
+    return _capabilities[device]
 
 
 def _preferred(operator: str, device: torch.device) -> tuple[str, str | None]:

@@ -170,12 +170,12 @@ def test_products_follow_the_switch_of_tf32(monkeypatch):
 
     truth = pair([t.double() for t in (*tensors, *tables)], "reference")
     errors = {}
-    for switch in (False, True):
-        monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", switch)
+    for switch in ("ieee", "tf32"):
+        monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", switch)
         found = pair([*tensors, *tables], "triton").double()
         errors[switch] = float((found - truth).norm() / truth.norm())
-    assert errors[False] < 2e-6
-    assert 2e-5 < errors[True] < 5e-3
+    assert errors["ieee"] < 2e-6
+    assert 2e-5 < errors["tf32"] < 5e-3
 
 
 # --- past 2**31 elements ---------------------------------------------------------------------

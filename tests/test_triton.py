@@ -4,6 +4,8 @@ The interpreter proves indexing and algebra, not rounding and not races.
 """
 
 import copy
+import subprocess
+import sys
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -379,6 +381,36 @@ def test_launches_on_the_device_of_the_tensors(monkeypatch):
     launch.launch(Kernel(), 0, SimpleNamespace(device=torch.device("cuda", 0)))
     assert seen == [((7,), 0, 0), ((7,), 1, 1)]
     assert state["device"] == 0
+
+
+PRECISION = """
+import torch
+from seaattn_kernels.kernels import launch
+
+launch.capability = lambda device: (9, 0)
+x, half = torch.empty(1), torch.empty(1, dtype=torch.float16)
+matmul, found = torch.backends.cuda.matmul, [launch.precision(x)]
+torch.set_float32_matmul_precision("high")
+found.append(launch.precision(x))
+matmul.allow_tf32 = False
+found.append(launch.precision(x))
+matmul.fp32_precision = "tf32"
+found.append(launch.precision(x))
+matmul.fp32_precision = "ieee"
+found += [launch.precision(x), launch.precision(half)]
+torch.backends.fp32_precision, matmul.fp32_precision = "tf32", "none"
+found.append(launch.precision(x))
+launch.capability = lambda device: (7, 5)
+found += [launch.precision(x), launch.precision(half)]
+print(*found)
+"""
+
+
+def test_precision_follows_every_spelling_of_the_switch():
+    done = subprocess.run([sys.executable, "-c", PRECISION], capture_output=True, text=True)
+    assert done.stdout.split() == [
+        "ieee", "tf32", "ieee", "tf32", "ieee", "tf32", "tf32", "ieee", "ieee",
+    ], done.stderr  # fmt: skip
 
 
 def test_heads_too_wide_for_registers():

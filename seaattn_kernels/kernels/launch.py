@@ -57,5 +57,6 @@ def precision(x: Tensor) -> str:
     """
     if capability(x.device) < (8, 0):
         return "ieee"
-    exact = x.dtype is torch.float32 and not torch.backends.cuda.matmul.allow_tf32
-    return "ieee" if exact else "tf32"
+    # allow_tf32, the older name of the switch, cannot be read where the newer one was set.
+    switch = torch.backends.cuda.matmul.fp32_precision
+    return "ieee" if x.dtype is torch.float32 and switch != "tf32" else "tf32"
