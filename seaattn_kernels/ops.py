@@ -160,11 +160,14 @@ def _triton_refusal(device: torch.device, dtype: torch.dtype, head: tuple[int, i
     return None
 
 
-@torch.compiler.assume_constant_result
 def _capability(device: torch.device) -> tuple[int, int]:
     if device not in _capabilities:
         _capabilities[device] = torch.cuda.get_device_capability(device)
     return _capabilities[device]
+
+
+# What torch.compiler.assume_constant_result does, without the import of the compiler.
+_capability._dynamo_marked_constant = True
 
 
 def _preferred(operator: str, device: torch.device) -> tuple[str, str | None]:

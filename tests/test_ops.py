@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 import warnings
 from pathlib import Path
 
@@ -567,3 +568,20 @@ def test_a_call_costs_little_beside_its_arithmetic():
     public = min(repeat(lambda: ops.gate(x, x, backend="reference"), number=200, repeat=20))
     direct = min(repeat(lambda: bare(x, x, True), number=200, repeat=20))
     assert (public - direct) / 200 < 40e-6
+
+
+def test_the_capability_of_a_gpu_is_not_traced(monkeypatch):
+    """The question goes to the driver, which no compiler reads."""
+    monkeypatch.setattr(ops, "_capabilities", {})
+    monkeypatch.setattr(
+        torch.cuda, "get_device_capability", lambda device: (9, int(time.time() > 0) - 1)
+    )
+    torch._dynamo.reset()
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def call(x):
+        chosen = ops.choose("gate", "auto", torch.device("cuda", 0), x.dtype)
+        return x + 1 if chosen == "triton" else x
+
+    assert torch.equal(call(torch.zeros(2)), torch.ones(2))
+    assert list(ops._capabilities) == [torch.device("cuda", 0)]
