@@ -286,6 +286,9 @@ def _examples(dtypes: Sequence[torch.dtype]) -> Iterator[tuple[str, Callable[[],
     for dtype, h, w in itertools.product(dtypes, _SIDES, _SIDES):
         for layout, x in _layouts(16, 128, h, w, dtype).items():
             yield f"16x128x{h}x{w} {layout}", partial(_operators_of_a_map, x, [_RELU6])
+    for b, c, h, w in ((1, 1, 1, 1), (2, 1, 5, 7), (1, 3, 1, 1)):  # sizes of 1 are compiled in
+        for layout, x in _layouts(b, c, h, w, torch.float32).items():
+            yield f"{b}x{c}x{h}x{w} {layout}", partial(_operators_of_a_map, x, [_RELU6])
     huge = _empty(1, 2, 40000, 40000, dtype=torch.float16)
     yield "1x2x40000x40000 NCHW", partial(_operators_of_a_map, huge, [_RELU6])
 

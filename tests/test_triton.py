@@ -93,6 +93,17 @@ def test_maps_of_any_size_and_stride(shape, layout):
     assert out.is_contiguous() or reference.is_channels_last(out)
 
 
+def test_squeeze_of_the_largest_map():
+    x = torch.randn(1, 1, 1024, 1024, device=DEVICE, requires_grad=True)
+    upstream = [torch.randn(1, 1, 1024, device=DEVICE) for _ in range(2)]
+    found = []
+    for backend in ("triton", "reference"):
+        means = ops.axial_squeeze(x, backend)
+        found.append([*means, *torch.autograd.grad(means, x, upstream)])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+
+
 def test_bands_are_added_in_a_fixed_order(monkeypatch):
     x = torch.randn(1, 2, 700, 30, device=DEVICE)
     monkeypatch.setattr(squeeze, "multiprocessors", lambda device: 64)

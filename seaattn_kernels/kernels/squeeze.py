@@ -46,9 +46,9 @@ def squeeze_kernel(
     c = span(pid % blocks, BLOCK_C)
     w = span(strip, BLOCK_W)
     first, last = part * band, tl.minimum(part * band + band, H)
-    h = first + tl.arange(0, BLOCK_H).to(tl.int64)
+    h = first + tl.arange(0, BLOCK_H)
     x_ptr += b * stride_b + c[:, None, None] * stride_c
-    x_ptr += h[None, :, None] * stride_h + w[None, None, :] * stride_w
+    x_ptr += h.to(tl.int64)[None, :, None] * stride_h + w[None, None, :] * stride_w
     here = (c < C)[:, None, None] & (w < W)[None, None, :]
     row_ptr += ((b * C + c[:, None]) * H + h[None, :]) * strips + strip
     sums = tl.zeros([BLOCK_C, BLOCK_H, BLOCK_W], tl.float32)
