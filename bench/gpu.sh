@@ -6,6 +6,7 @@
 #
 # Uses the packages that PYTHON (default python3) has, and no network.
 set -uo pipefail
+export TRITON_INTERPRET=0
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 OUT=
@@ -41,18 +42,19 @@ part() {
 part library 40 make --silent setup VENV=none PYTHON="$PYTHON"
 part kernels 60 $PYTHON -m bench static --targets "$TARGET" --all --out "$OUT/static.json" \
     > "$OUT/tests.txt" 2>&1
+grep WRONG "$OUT/tests.txt"
 tail -n 2 "$OUT/tests.txt"
 XDIST=()
-$PYTHON -c 'import xdist' 2> /dev/null && XDIST=(-n 8)
-part tests 150 $PYTHON -m pytest -q -m gpu "${XDIST[@]}" tests/test_triton.py tests/test_gpu.py \
+$PYTHON -c 'import xdist' 2> /dev/null && XDIST=(-n 14 --dist worksteal)
+part tests 140 $PYTHON -m pytest -q -m gpu "${XDIST[@]}" tests/test_triton.py tests/test_gpu.py \
     > "$OUT/tests.txt" 2>&1
 tail -n 40 "$OUT/tests.txt"
-part operators 110 $PYTHON -m bench operators --device cuda --quick --out "$OUT" \
-    --cases B1 YOLOv8s-P3 --dtype float16 --batch 16
 part latency 40 $PYTHON -m bench operators --device cuda --quick --out "$OUT" \
     --cases T1 B1 --dtype float32 --batch 1 --providers triton
-part blocks 60 $PYTHON -m bench run --device cuda --quick --out "$OUT" \
+part blocks 50 $PYTHON -m bench run --device cuda --quick --out "$OUT" \
     --cases B1 YOLOv8s-P3 --dtype float16 --providers reference compile
+part operators 140 $PYTHON -m bench operators --device cuda --quick --out "$OUT" \
+    --cases B1 YOLOv8s-P3 --dtype float16 --batch 16
 echo "== $NAME, $TARGET: $OUT"
 printf '%s' "$SUMMARY"
 exit $STATUS

@@ -90,7 +90,7 @@ class Roofline:
         target = torch.empty_like(source)
         one = torch.empty(1, device=device)
         self.calls: dict[str, Callable[[], object]] = {
-            "matrix": _product(square, square),
+            "matrix": _as_convolutions(_product(square, square)),
             "copy": lambda: target.copy_(source),
             "launch": one.zero_,
         }
@@ -101,6 +101,22 @@ class Roofline:
         work = max(self.flops / rate, self.bytes / bandwidth)
         seconds = work + timings["launch"].median
         return Limit(seconds, self.flops / seconds / 1e9, rate / 1e9)
+
+
+def _as_convolutions(product: Callable[[], object]) -> Callable[[], object]:
+    """In the precision that convolutions have: TF32 of float32, unless its switch is off."""
+
+    def call() -> object:
+        matmul = torch.backends.cuda.matmul
+        before = matmul.fp32_precision
+        allowed = torch.backends.cudnn.conv.fp32_precision == "tf32"
+        matmul.fp32_precision = "tf32" if allowed else "ieee"
+        try:
+            return product()
+        finally:
+            matmul.fp32_precision = before
+
+    return call
 
 
 def limit_of(

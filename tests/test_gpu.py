@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from seaattn_kernels import SeaAttention, ops, reference, verify
+from seaattn_kernels.kernels import launch
 
 pytestmark = pytest.mark.gpu
 
@@ -15,6 +16,10 @@ CASES = {
     for case in verify.OPERATOR_CASES
     if case.name in ops.OPERATORS["triton"] and case.shapes[0][-1] > 1
 }
+
+
+def test_kernels_are_not_interpreted():
+    assert not launch.INTERPRETED
 
 
 def step(case, leaves, upstream):
@@ -115,7 +120,7 @@ def test_two_threads_at_once():
         torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_training_takes_triton_by_itself(monkeypatch):
+def test_training_takes_triton_by_itself():
     assert ops.settle("axial_attention_pair", "auto", torch.device("cuda"), torch.float32) == (
         ("triton", None)
         if torch.cuda.get_device_capability() >= (8, 0)

@@ -200,6 +200,19 @@ def test_attention_of_extreme_values(value, channel):
         torch.testing.assert_close(found, expected, equal_nan=True, atol=1e-4, rtol=1e-4)
 
 
+def test_attention_where_a_block_of_keys_scores_minus_infinity():
+    """The running maximum is minus infinity until a finite score comes."""
+    row, column = torch.ones(1, 16, 20, device=DEVICE), torch.randn(1, 16, 5, device=DEVICE)
+    row[0, 4:8, :17] = -float("inf")
+    tables = [torch.zeros(1, 4, 16, device=DEVICE)] * 4
+    ours, theirs = (
+        ops.axial_attention_pair(row, column, tables, 1, 4, backend=backend)[0]
+        for backend in ("triton", "reference")
+    )
+    assert theirs.isfinite().all()
+    torch.testing.assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize("activation", reference.ACTIVATIONS)
 def test_gradients_at_the_kinks_are_pytorchs(activation):
     x = torch.tensor([-3.0, 0.0, 3.0, 6.0, -1e-7, 6.1], device=DEVICE).view(1, 1, 1, 6)
@@ -231,7 +244,7 @@ class Guarded:
             size = torch.Size(size)
             block = empty(size.numel() + 2 * self.BAND, dtype=dtype, device=device)
             block.fill_(float("nan"))
-            block[: self.BAND] = block[-self.BAND :] = 12345.0
+            block[: self.BAND] = block[-self.BAND :] = 12288.0
             self.blocks.append(block)
             strides = empty(size, device="meta", memory_format=layout).stride()
             return block.as_strided(size, strides, self.BAND)
@@ -258,8 +271,8 @@ class Guarded:
     def check(self):
         assert self.blocks
         for block in self.blocks:
-            assert (block[: self.BAND] == 12345.0).all(), "written before its begin"
-            assert (block[-self.BAND :] == 12345.0).all(), "written past its end"
+            assert (block[: self.BAND] == 12288.0).all(), "written before its begin"
+            assert (block[-self.BAND :] == 12288.0).all(), "written past its end"
             assert not block[self.BAND : -self.BAND].isnan().any(), "not all of it written"
 
 
@@ -399,7 +412,8 @@ import torch
 from seaattn_kernels.kernels import launch
 
 launch.capability = lambda device: (9, 0)
-x, half = torch.empty(1), torch.empty(1, dtype=torch.float16)
+x = torch.empty(1)
+half, brain = x.half(), x.bfloat16()
 matmul, found = torch.backends.cuda.matmul, [launch.precision(x)]
 torch.set_float32_matmul_precision("high")
 found.append(launch.precision(x))
@@ -408,11 +422,11 @@ found.append(launch.precision(x))
 matmul.fp32_precision = "tf32"
 found.append(launch.precision(x))
 matmul.fp32_precision = "ieee"
-found += [launch.precision(x), launch.precision(half)]
+found += [launch.precision(x), launch.precision(half), launch.precision(brain)]
 torch.backends.fp32_precision, matmul.fp32_precision = "tf32", "none"
 found.append(launch.precision(x))
 launch.capability = lambda device: (7, 5)
-found += [launch.precision(x), launch.precision(half)]
+found += [launch.precision(x), launch.precision(brain)]
 print(*found)
 """
 
@@ -420,7 +434,7 @@ print(*found)
 def test_precision_follows_every_spelling_of_the_switch():
     done = subprocess.run([sys.executable, "-c", PRECISION], capture_output=True, text=True)
     assert done.stdout.split() == [
-        "ieee", "tf32", "ieee", "tf32", "ieee", "tf32", "tf32", "ieee", "ieee",
+        "ieee", "tf32", "ieee", "tf32", "ieee", "ieee", "tf32", "tf32", "ieee", "ieee",
     ], done.stderr  # fmt: skip
 
 

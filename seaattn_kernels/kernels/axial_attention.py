@@ -72,8 +72,9 @@ def online(s, largest, total):
     """A step of the online softmax: exponentials of ``s``, what earlier sums shrink by, and the
     running maximum and sum."""
     now = tl.maximum(largest, tl.max(s, 1))
-    p = tl.exp2(s - now[:, None])
-    shrink = tl.exp2(largest - now)
+    base = tl.where(now == float("-inf"), 0.0, now)  # no finite score yet
+    p = tl.exp2(s - base[:, None])
+    shrink = tl.exp2(largest - base)
     return p, shrink, now, total * shrink + tl.sum(p, 1)
 
 

@@ -53,9 +53,10 @@ def power_of_2(n: int, least: int = 1, most: int = 1 << 30) -> int:
 def precision(x: Tensor) -> str:
     """The input precision of products: PyTorch's TF32 switch of matmul for float32.
 
-    Values of half precision lose nothing to TF32, which has as many bits as float16.
+    The factors are float32 whatever ``x`` is. TF32 drops their low bits without rounding: less than
+    bfloat16 has lost, more than float16 has.
     """
-    if capability(x.device) < (8, 0):
+    if capability(x.device) < (8, 0) or x.dtype is torch.float16:
         return "ieee"
     # allow_tf32, the older name of the switch, cannot be read where the newer one was set.
     switch = torch.backends.cuda.matmul.fp32_precision
