@@ -29,30 +29,26 @@ Forward = Callable[[Sequence[Tensor]], tuple[Tensor, ...]]
 
 @dataclass(frozen=True)
 class Work:
-    """An operator or a block at one shape: ``forward`` by provider, and whose gradients it has."""
+    """An operator or a block at one shape: its forward, and the parameters of it, by provider.
+
+    "exact" is the forward that is given float64.
+    """
 
     name: str
     inputs: Callable[[int], list[Tensor]]
     forward: dict[str, Forward]
     parameters: dict[str, list[Tensor]]
-    exact: Forward
-    exact_parameters: list[Tensor]
 
-    def step(self, provider: str, inputs: Sequence[Tensor], upstream: Sequence[Tensor]) -> list:
-        """Outputs and gradients."""
-        return _step(self.forward[provider], inputs, self.parameters[provider], upstream)
-
-
-def _step(
-    forward: Forward, inputs: Sequence[Tensor], parameters: Sequence[Tensor], upstream: Sequence
-) -> list[Tensor]:
-    out = forward(inputs)
-    return [*out, *torch.autograd.grad(out, [*inputs, *parameters], upstream)]
+    def step(
+        self, provider: str, inputs: Sequence[Tensor], upstream: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """Outputs, and the gradients of inputs and parameters."""
+        out = self.forward[provider](inputs)
+        leaves = [*inputs, *self.parameters[provider]]
+        return [*out, *torch.autograd.grad(out, leaves, upstream)]
 
 
-def _operator(
-    case: OperatorCase, providers: Sequence[str], device: torch.device, dtype: torch.dtype
-) -> Work:
+def _operator(case: OperatorCase, device: torch.device, dtype: torch.dtype) -> Work:
     def plain(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         return case.run(tensors, "reference")
 
@@ -60,32 +56,25 @@ def _operator(
         "eager": plain,
         "compile": torch.compile(plain, dynamic=False),
         "triton": lambda tensors: case.run(tensors, "triton"),
+        "exact": plain,
     }
     return Work(
         case.name,
         lambda seed: [t.requires_grad_() for t in case.inputs(seed, str(device), dtype)],
-        {name: forward[name] for name in providers},
-        {name: [] for name in providers},
-        plain,
-        [],
+        forward,
+        {name: [] for name in forward},
     )
 
 
-def _block(
-    case: Case,
-    shape: Sequence[int],
-    providers: Sequence[str],
-    device: torch.device,
-    dtype: torch.dtype,
-) -> Work:
+def _block(case: Case, shape: Sequence[int], device: torch.device, dtype: torch.dtype) -> Work:
     block = block_of(case).to(device, dtype).train()
-    eager, ours = as_eager(block), copy.deepcopy(block)
+    ours = copy.deepcopy(block)
     ours.backend = "triton"
-    exact = as_eager(block).double()
     modules = {
-        "eager": eager,
-        "compile": torch.compile(copy.deepcopy(eager), dynamic=False),
+        "eager": as_eager(block),
+        "compile": torch.compile(as_eager(block), dynamic=False),
         "triton": ours,
+        "exact": as_eager(block).double(),
     }
 
     def inputs(seed: int) -> list[Tensor]:
@@ -95,35 +84,36 @@ def _block(
     return Work(
         "block",
         inputs,
-        {name: lambda tensors, module=modules[name]: (module(tensors[0]),) for name in providers},
-        {name: list(modules[name].parameters()) for name in providers},
-        lambda tensors: (exact(tensors[0]),),
-        list(exact.parameters()),
+        {
+            name: lambda tensors, module=module: (module(tensors[0]),)
+            for name, module in modules.items()
+        },
+        {name: list(module.parameters()) for name, module in modules.items()},
     )
 
 
 def works(
-    case: Case,
-    size: tuple[int, int],
-    batch: int,
-    providers: Sequence[str],
-    device: torch.device,
-    dtype: torch.dtype,
+    case: Case, size: tuple[int, int], batch: int, device: torch.device, dtype: torch.dtype
 ) -> Iterator[Work]:
     """The operators in the order in which a block calls them, then the block."""
-    (h, w), b, heads, d = size, batch, case.heads, case.key_dim
-    maps = {name: (b, c, h, w) for name, c in (("qkv", case.projected), ("v", case.values))}
-    vectors = tuple((b, case.projected, n) for n in (h, w))
+    (h, w), c, projected, values = size, case.channels, case.projected, case.values
+    table = (1, case.heads * case.key_dim, 16)
     for operator in (
-        OperatorCase("axial_squeeze", (maps["qkv"],)),
-        OperatorCase("axial_attention_pair", (*vectors, *[(1, heads * d, 16)] * 4), (heads, d)),
+        OperatorCase("axial_squeeze", ((batch, projected, h, w),)),
         OperatorCase(
-            "broadcast_add", (maps["v"], maps["v"][:3], (*maps["v"][:2], w)), (ACTIVATION, 0.0)
+            "axial_attention_pair",
+            ((batch, projected, h), (batch, projected, w), *[table] * 4),
+            (case.heads, case.key_dim),
         ),
-        OperatorCase("gate", ((b, case.channels, h, w),) * 2, (True,)),
+        OperatorCase(
+            "broadcast_add",
+            ((batch, values, h, w), (batch, values, h), (batch, values, w)),
+            (ACTIVATION, 0.0),
+        ),
+        OperatorCase("gate", ((batch, c, h, w),) * 2, (True,)),
     ):
-        yield _operator(operator, providers, device, dtype)
-    yield _block(case, (b, case.channels, h, w), providers, device, dtype)
+        yield _operator(operator, device, dtype)
+    yield _block(case, (batch, c, h, w), device, dtype)
 
 
 def check(work: Work, provider: str, dtype: torch.dtype, seeds: Sequence[int]) -> str | None:
@@ -136,16 +126,16 @@ def check(work: Work, provider: str, dtype: torch.dtype, seeds: Sequence[int]) -
             torch.randn(t.shape, generator=generator, device=t.device, dtype=t.dtype)
             for t in work.forward["eager"](inputs)
         ]
-        exact = [t.detach().double().requires_grad_() for t in inputs]
         ours += work.step(provider, inputs, upstream)
         eager += work.step("eager", inputs, upstream)
-        truth += _step(work.exact, exact, work.exact_parameters, [t.double() for t in upstream])
-    sizes = [t.detach().double().abs().max().clamp(min=1e-6) for t in truth]
-    scaled = [
+        inputs = [t.detach().double().requires_grad_() for t in inputs]
+        truth += work.step("exact", inputs, [t.double() for t in upstream])
+    sizes = [t.detach().abs().max().clamp(min=1e-6) for t in truth]
+    ours, eager, truth = (
         [t.detach().double() / size for t, size in zip(tensors, sizes, strict=True)]
         for tensors in (ours, eager, truth)
-    ]
-    verdict = judge(*scaled, dtype, gradient=True)
+    )
+    verdict = judge(ours, eager, truth, dtype, gradient=True)
     return None if verdict.ok else f"wrong: {verdict}"
 
 
@@ -177,18 +167,19 @@ def measure(
     """A row for each operator, mode, way of calling and provider that is right."""
     providers = [name for name in PROVIDERS if name == "eager" or name in providers]
     rows = []
-    for work in works(case, size, batch, providers, device, dtype):
+    for work in works(case, size, batch, device, dtype):
         torch.compiler.reset()
         right = []
         for name in providers:
             try:
                 wrong = check(work, name, dtype, seeds)
             except Exception as error:  # a compiler raises what it likes: the others go on
-                wrong = f"raises {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+                wrong = f"raising {type(error).__name__}: {str(error).strip().splitlines()[0]}"
             if wrong is None:
                 right.append(name)
             else:
-                log(f"{case.name} {size[0]}x{size[1]} {work.name} {name} is not timed, it {wrong}")
+                where = f"{case.name} {size[0]}x{size[1]} {work.name}"
+                log(f"{where} {name} is not timed, it is {wrong}")
         rows += _timed(work, case, size, batch, right, device, dtype, seconds, log)
     return rows
 
@@ -230,7 +221,8 @@ def _timed(
     limit = None
     if device.type == "cuda":
         bandwidth = 2 * GPU_COPY_BYTES / timings.pop(("copy", "", "")).median
-        limit = moved / bandwidth + timings.pop(("launch", "", "")).median
+        launch = timings.pop(("launch", "", "")).median
+        limit = None if work.name == "block" else moved / bandwidth + launch
     return [
         {
             "kind": "operator",
@@ -250,9 +242,7 @@ def _timed(
             "ms_first": timing.first * 1e3,
             "speedup": timings["eager", mode, way].median / timing.median,
             "bytes": moved,
-            "ms_limit": limit * 1e3
-            if limit and mode == "forward" and work.name != "block"
-            else None,
+            "ms_limit": limit * 1e3 if limit and mode == "forward" else None,
         }
         for (name, mode, way), timing in timings.items()
         if ("eager", mode, way) in timings

@@ -524,6 +524,19 @@ def test_a_wrong_operator_is_not_timed(monkeypatch):
     assert timed == {"axial_squeeze", "axial_attention_pair", "broadcast_add"}
 
 
+def test_the_command_of_the_operators(tmp_path):
+    command = ["-m", "bench", "operators", "--device", "cpu", "--cases", "T1", "--quick"]
+    done = subprocess.run(
+        [sys.executable, *command, "--providers", "eager", "--out", tmp_path],
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    path = tmp_path / "operators-float32-batch1.json"
+    assert len(results.read(path)["rows"]) == 10
+    assert path.with_suffix(".png").read_bytes().startswith(PNG)
+    assert "1x T1 32x64 float32 block step, call: eager" in done.stdout
+
+
 # --- the run on a GPU ------------------------------------------------------------------------
 
 
