@@ -166,6 +166,15 @@ def measure(
 ) -> list[dict]:
     """A row for each operator, mode, way of calling and provider that is right."""
     providers = [name for name in PROVIDERS if name == "eager" or name in providers]
+    shape = {
+        "kind": "operator",
+        "case": case.name,
+        "height": size[0],
+        "width": size[1],
+        "batch": batch,
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": device.type,
+    }
     rows = []
     for work in works(case, size, batch, device, dtype):
         torch.compiler.reset()
@@ -180,18 +189,14 @@ def measure(
             else:
                 where = f"{case.name} {size[0]}x{size[1]} {work.name}"
                 log(f"{where} {name} is not timed, it is {wrong}")
-        rows += _timed(work, case, size, batch, right, device, dtype, seconds, log)
+        rows += [{**shape, **row} for row in _timed(work, right, device, seconds, log)]
     return rows
 
 
 def _timed(
     work: Work,
-    case: Case,
-    size: tuple[int, int],
-    batch: int,
     providers: Sequence[str],
     device: torch.device,
-    dtype: torch.dtype,
     seconds: float,
     log: Callable[[str], None],
 ) -> list[dict]:
@@ -225,16 +230,9 @@ def _timed(
         limit = None if work.name == "block" else moved / bandwidth + launch
     return [
         {
-            "kind": "operator",
             "operator": work.name,
             "mode": mode,
             "way": way,
-            "case": case.name,
-            "height": size[0],
-            "width": size[1],
-            "batch": batch,
-            "dtype": str(dtype).removeprefix("torch."),
-            "device": device.type,
             "provider": name,
             "ms": timing.median * 1e3,
             "ms_low": timing.low * 1e3,
