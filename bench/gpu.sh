@@ -4,7 +4,8 @@
 #
 #   bash bench/gpu.sh [--out FOLDER]     default: bench/results/<device>
 #
-# Uses the packages that PYTHON (default python3) has, and no network.
+# Uses the packages that PYTHON (default python3) has, and no network. Where the tree came without
+# its .git, COMMIT names the commit in the result files.
 set -uo pipefail
 export TRITON_INTERPRET=0
 cd "$(dirname "$0")/.."
@@ -13,7 +14,7 @@ OUT=
 while [ $# -gt 0 ]; do
     case $1 in
         --out) OUT=$2; shift 2 ;;
-        *) sed -n '2,8s/^# \{0,1\}//p' "$0"; exit 2 ;;
+        *) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 2 ;;
     esac
 done
 read -r NAME TARGET < <($PYTHON - <<'EOF'

@@ -58,10 +58,13 @@ def versions() -> dict[str, str | None]:
 
 
 def commit() -> str | None:
-    """The commit of the checkout, "+dirty" where files other than results differ from it."""
+    """The commit of the checkout, "+dirty" where files other than results differ from it.
+
+    Outside git it is what the environment calls COMMIT.
+    """
     head = _git("rev-parse", "HEAD")
     if head is None:
-        return None
+        return os.environ.get("COMMIT")
     changed = _git("status", "--porcelain", "--", ".", ":!bench/results")
     return head + ("+dirty" if changed else "")
 

@@ -339,9 +339,12 @@ def test_results_are_read_as_written_and_name_no_one(rows, tmp_path, monkeypatch
     assert f"/{user}" not in text
 
 
-def test_the_commit_is_none_outside_git(tmp_path, monkeypatch):
+def test_outside_git_the_commit_is_what_the_environment_says(tmp_path, monkeypatch):
     monkeypatch.setattr(results, "_CHECKOUT", tmp_path)
+    monkeypatch.delenv("COMMIT", raising=False)
     assert results.commit() is None
+    monkeypatch.setenv("COMMIT", "abc")
+    assert results.commit() == "abc"
 
 
 def test_a_results_folder_is_named_after_the_machine():
