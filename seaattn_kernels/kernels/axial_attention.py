@@ -307,7 +307,7 @@ def _sizes(row: Tensor, column: Tensor, tables: list[Tensor], heads: int, key_di
     value_dim = projected // heads - 2 * key_dim
     block_d, block_e = power_of_2(key_dim, least=16), power_of_2(value_dim, least=16)
     # Larger blocks, fewer warps or prefetched tiles spill in the backward (docs/notes/triton.md).
-    block, warps = 16, 4 if 32 < block_d + block_e <= 80 else 8
+    block, warps = 16, {48: 2, 64: 4, 80: 4}.get(block_d + block_e, 8)
     programs, others = (b * heads * triton.cdiv(n, block) for n in (h, w))
     runtime = (h, w, *(table.shape[2] for table in tables), programs)
     constants = {
