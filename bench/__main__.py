@@ -139,15 +139,19 @@ def run(arguments: argparse.Namespace) -> int:
         f"torch.mm at {first['case']} {first['height']}x{first['width']}: "
         f"{first['limit_gflops']:.0f} GFLOP/s, large matrices {first['matrix_gflops']:.0f} GFLOP/s"
     )
-    folder = arguments.out or (SCRATCH if arguments.quick else results.results_dir(device))
-    path = (
-        folder / f"{arguments.dtype}-batch{arguments.batch}-threads{torch.get_num_threads()}.json"
-    )
-    document = results.document(rows, device)
-    results.write(path, document)
-    print(path)
-    print(plot(document, path.with_suffix(".png")))
+    name = f"{arguments.dtype}-batch{arguments.batch}-threads{torch.get_num_threads()}.json"
+    _save(arguments, rows, name)
     return status
+
+
+def _save(arguments: argparse.Namespace, rows: list[dict], name: str) -> None:
+    """Write a result file and its chart, and print where they are."""
+    device = arguments.device
+    folder = arguments.out or (SCRATCH if arguments.quick else results.results_dir(device))
+    document = results.document(rows, device)
+    results.write(folder / name, document)
+    print(folder / name)
+    print(plot(document, (folder / name).with_suffix(".png")))
 
 
 def run_operators(arguments: argparse.Namespace) -> int:
@@ -179,12 +183,7 @@ def run_operators(arguments: argparse.Namespace) -> int:
         print(line)
     if not rows:
         return status or 1
-    folder = arguments.out or (SCRATCH if arguments.quick else results.results_dir(device))
-    path = folder / f"operators-{arguments.dtype}-batch{arguments.batch}.json"
-    document = results.document(rows, device)
-    results.write(path, document)
-    print(path)
-    print(plot(document, path.with_suffix(".png")))
+    _save(arguments, rows, f"operators-{arguments.dtype}-batch{arguments.batch}.json")
     return status or int(bool(refused))
 
 

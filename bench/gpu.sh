@@ -18,11 +18,11 @@ while [ $# -gt 0 ]; do
     esac
 done
 read -r NAME TARGET < <($PYTHON - <<'EOF'
-import re, sys, torch
+import sys, torch
 if not torch.cuda.is_available():
     sys.exit("gpu.sh needs an NVIDIA GPU that torch can see")
-name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
-print(name, "sm_%d%d" % torch.cuda.get_device_capability())
+from bench.results import results_dir
+print(results_dir(torch.device("cuda")).name, "sm_%d%d" % torch.cuda.get_device_capability())
 EOF
 ) || exit 1
 OUT=${OUT:-bench/results/$NAME}
