@@ -38,10 +38,10 @@ from triton.compiler import CompiledKernel
 from triton.runtime import JITFunction, driver
 
 from bench.cases import CASES
-from seaattn_kernels.kernels import axial_attention, broadcast_add, gate, launch, squeeze
+from seaattn_kernels.kernels import axial_attention, block, broadcast_add, gate, launch, squeeze
 from seaattn_kernels.reference import ACTIVATIONS
 
-_MODULES = (squeeze, axial_attention, broadcast_add, gate)
+_MODULES = (squeeze, axial_attention, broadcast_add, gate, block)
 _CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 _KIB = 1024
 
@@ -53,6 +53,7 @@ class Target:
     name: str
     card: str
     triton: GPUTarget
+    processors: int  # of the card
     warps: int  # resident at most
     programs: int  # resident at most
     shared: int  # bytes, of all resident programs
@@ -80,15 +81,15 @@ def _nvidia(arch: int, card: str, *limits: float) -> Target:
 TARGETS = {
     target.name: target
     for target in (
-        _nvidia(75, "T4", 32, 16, 64 * _KIB, 64 * _KIB, 320, 8.1, 8.1),
-        _nvidia(80, "A100 40GB", 64, 32, 164 * _KIB, 163 * _KIB, 1555, 19.5, 156),
-        _nvidia(89, "L4", 48, 24, 100 * _KIB, 99 * _KIB, 300, 30.3, 60),
-        _nvidia(90, "H200", 64, 32, 228 * _KIB, 227 * _KIB, 4800, 67, 494),
-        _nvidia(100, "B200", 64, 32, 228 * _KIB, 227 * _KIB, 8000, 75, 1125),
-        _nvidia(120, "RTX 5090", 48, 24, 100 * _KIB, 99 * _KIB, 1792, 104.8, 104.8),
+        _nvidia(75, "T4", 40, 32, 16, 64 * _KIB, 64 * _KIB, 320, 8.1, 8.1),
+        _nvidia(80, "A100 40GB", 108, 64, 32, 164 * _KIB, 163 * _KIB, 1555, 19.5, 156),
+        _nvidia(89, "L4", 58, 48, 24, 100 * _KIB, 99 * _KIB, 300, 30.3, 60),
+        _nvidia(90, "H200", 132, 64, 32, 228 * _KIB, 227 * _KIB, 4800, 67, 494),
+        _nvidia(100, "B200", 148, 64, 32, 228 * _KIB, 227 * _KIB, 8000, 75, 1125),
+        _nvidia(120, "RTX 5090", 170, 48, 24, 100 * _KIB, 99 * _KIB, 1792, 104.8, 104.8),
         Target(
             "gfx942", "MI300X", GPUTarget("hip", "gfx942", 64),
-            32, 32, 64 * _KIB, 64 * _KIB, 5300, 163.4, 653.7,
+            304, 32, 32, 64 * _KIB, 64 * _KIB, 5300, 163.4, 653.7,
         ),
     )
 }  # fmt: skip
@@ -186,7 +187,8 @@ def _recorded(target: Target, found: dict[str, Launch], example: list[str]) -> I
     try:
         with (
             mock.patch.object(launch, "capability", return_value=target.capability),
-            mock.patch.object(squeeze, "multiprocessors", return_value=128),
+            mock.patch.object(squeeze, "multiprocessors", return_value=target.processors),
+            mock.patch.object(block, "multiprocessors", return_value=target.processors),
         ):
             yield
     finally:

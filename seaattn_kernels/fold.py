@@ -11,6 +11,7 @@ from operator import itemgetter
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
@@ -72,6 +73,39 @@ class BlockWeights(NamedTuple):
     position: Tensor  # (2*heads*D, H + W)
 
 
+class PackedWeights(NamedTuple):
+    """What the GPU kernels take as ``weights``: rows begin at multiples of 16 elements.
+
+    ``NQ'`` and so on: rounded up to that, and filled with zeros. Biases, depthwise weights and the
+    position tables, ``axis_weight`` too, are float32.
+    """
+
+    qkv_weight: Tensor  # (NQ', C')
+    qkv_bias: Tensor  # (NQ',)
+    dw_weight: Tensor  # (9, NQ')
+    dw_bias: Tensor  # (NQ',)
+    pw_weight: Tensor  # (C, NQ')
+    pw_bias: Tensor  # (C,)
+    encode_weight: Tensor  # (2, DH, DH'): of the row, of the column
+    encode_bias: Tensor  # (2, DH)
+    proj_weight: Tensor  # (C, DH')
+    proj_bias: Tensor  # (C,)
+    axis_weight: Tensor  # (NQ', C')
+    position: Tensor  # (H + W, 2*heads*D)
+
+
+def _padded(x: Tensor, *dims: int) -> Tensor:
+    """``x`` with zeros up to a multiple of 16 along some dimensions."""
+    padding = [0, 0] * x.dim()
+    for dim in dims:
+        padding[2 * (x.dim() - 1 - dim) + 1] = -x.shape[dim] % 16
+    return F.pad(x, padding).contiguous()
+
+
+#: What weights are kept for: the dtype and the size of a map, and whether they are packed.
+_Key = tuple[torch.dtype, int, int, bool]
+
+
 @dataclass(frozen=True, eq=False)
 class FoldedWeights:
     """A block in eval mode: twelve folded tensors, four raw position tables, and its constants."""
@@ -96,31 +130,62 @@ class FoldedWeights:
     def device(self) -> torch.device:
         return self.convolutions[0].device
 
-    def weights(self, dtype: torch.dtype, height: int, width: int) -> BlockWeights:
-        """The tensors for a map of this dtype and size; kept for the last :data:`MAP_SIZES`."""
+    @property
+    def value_dim(self) -> int:
+        """E"""
+        return self.convolutions[7].shape[0] // self.heads
+
+    def weights(
+        self, dtype: torch.dtype, height: int, width: int, packed: bool = False
+    ) -> BlockWeights | PackedWeights:
+        """The tensors for a map of this dtype and size; kept for the last :data:`MAP_SIZES`.
+
+        ``packed``: as :class:`PackedWeights`.
+        """
+        key = (dtype, height, width, packed)
         if traced():
-            return BlockWeights(*self._cast(dtype), self._position(height, width))
-        key = (dtype, height, width)
+            return self._make(key, self._cast(dtype, packed))
         ready = self._ready.get(key)
         return self._prepare(key) if ready is None else ready
 
-    def _prepare(self, key: tuple[torch.dtype, int, int]) -> BlockWeights:
+    def _prepare(self, key: _Key) -> BlockWeights | PackedWeights:
         # Without a lock, which a fork could leave held: threads at worst do the same work twice.
-        dtype, height, width = key
+        dtype, _, _, packed = key
         with torch.no_grad():
-            if dtype not in self._casts:
-                self._casts[dtype] = self._cast(dtype)
-            ready = BlockWeights(*self._casts[dtype], self._position(height, width))
+            if (dtype, packed) not in self._casts:
+                self._casts[dtype, packed] = self._cast(dtype, packed)
+            ready = self._make(key, self._casts[dtype, packed])
         for old in list(self._ready)[: 1 - MAP_SIZES]:
             self._ready.pop(old, None)
         self._ready[key] = ready
         return ready
 
-    def _cast(self, dtype: torch.dtype) -> list[Tensor]:
+    def _make(self, key: _Key, casts: list[Tensor]) -> BlockWeights | PackedWeights:
+        _, height, width, packed = key
+        position = self._position(height, width)
+        if packed:
+            return PackedWeights(*casts, position.t().contiguous())
+        return BlockWeights(*casts, position)
+
+    def _cast(self, dtype: torch.dtype, packed: bool) -> list[Tensor]:
+        if packed:
+            return self._pack(dtype)
         tensors = [t if t.dim() == 1 else t.to(dtype) for t in self.convolutions]
         wider = _widest(self.device) if dtype.itemsize >= 4 else self.dtype
         axis_weight = self.convolutions[0].to(wider)
         return [*tensors, axis_weight]
+
+    def _pack(self, dtype: torch.dtype) -> list[Tensor]:
+        qkv, qkv_bias, dw, dw_bias, pw, pw_bias, row, row_bias, column, column_bias, proj, bias = (
+            self.convolutions
+        )
+        axis = _padded(qkv, 0, 1)
+        return [
+            axis.to(dtype), _padded(qkv_bias, 0), _padded(dw.flatten(1).t(), 1),
+            _padded(dw_bias, 0), _padded(pw, 1).to(dtype), pw_bias,
+            _padded(torch.stack([row, column]), 2).to(dtype), torch.stack([row_bias, column_bias]),
+            _padded(proj, 1).to(dtype), bias, axis,
+        ]  # fmt: skip
 
     def _position(self, height: int, width: int) -> Tensor:
         row_q, row_k, column_q, column_k = self.tables

@@ -37,6 +37,9 @@ from seaattn_kernels.checks import (
 )
 from seaattn_kernels.overloads import OPERATORS, OVERLOADS, REFERENCE
 
+#: The overload that takes packed weights.
+_PACKED = OVERLOADS["sea_attention"]["triton"]
+
 BACKENDS = ("auto", "reference", "triton", "cpu", "cuda")
 
 #: D and E of the widest heads whose tiles fit into the registers of a GPU.
@@ -73,7 +76,8 @@ def _flops_axial_attention_pair_backward(row_gradient, column_gradient, *rest, *
 
 def _flops_sea_attention(x, weights, heads, key_dim, *args, **kwargs) -> int:
     b, c, h, w = x
-    projected, values = weights[0][0], weights[6][0]
+    values = weights[7][-1]
+    projected = 2 * heads * key_dim + values
     pixel = c * projected + 9 * projected + projected * c + values * c
     axis = values * values
     if reference.squeeze_first(h, w):
@@ -445,11 +449,12 @@ def sea_attention(x: Tensor, folded, backend: str = "auto") -> Tensor:
     target = autocast_dtype(x.device)
     if target is not None and x.dtype is not torch.float64:
         x = x.to(target)
-    overload = _overload("sea_attention", backend, x)
+    head = folded.key_dim, folded.value_dim
+    overload = _overload("sea_attention", backend, x, head)
     with autocast_off(x.device):
         return overload(
             x,
-            folded.weights(x.dtype, x.shape[2], x.shape[3]),
+            folded.weights(x.dtype, x.shape[2], x.shape[3], overload is _PACKED),
             folded.heads,
             folded.key_dim,
             folded.activation_code,

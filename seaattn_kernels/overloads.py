@@ -47,7 +47,10 @@ SCHEMAS = {
 OPERATORS = {
     "reference": tuple(name for name in SCHEMAS if not name.endswith("_backward")),
     "cpu": ("axial_squeeze",),
-    "triton": ("axial_squeeze", "axial_attention", "axial_attention_pair", "broadcast_add", "gate"),
+    "triton": (
+        "axial_squeeze", "axial_attention", "axial_attention_pair", "broadcast_add", "gate",
+        "sea_attention",
+    ),
     "cuda": (),
 }
 
@@ -143,6 +146,18 @@ def _triton_gate_backward(gradient, x, y, hard):
     return gate.gate_backward(*(reference.follow_layout(t, x) for t in (gradient, x, y)), hard)
 
 
+def _triton_sea_attention(x, weights, *rest):
+    from seaattn_kernels.kernels import block
+
+    out = _like_map(x)
+    if x.shape[0] == 0:
+        return out
+    h, w = x.shape[2:]
+    if h > 1 and w > 1 and x.stride(2) != w * x.stride(3):
+        x = reference.follow_layout(x, x)
+    return block.sea_attention(x, weights, *rest, reference.squeeze_first(h, w), out)
+
+
 _TRITON = {
     "axial_squeeze": _triton_axial_squeeze,
     "axial_squeeze_backward": _triton_axial_squeeze_backward,
@@ -152,6 +167,7 @@ _TRITON = {
     "broadcast_add_backward": _triton_broadcast_add_backward,
     "gate": _triton_gate,
     "gate_backward": _triton_gate_backward,
+    "sea_attention": _triton_sea_attention,
 }
 
 
@@ -204,6 +220,7 @@ _FAKES = {
     "broadcast_add_backward": _fake_broadcast_add_backward,
     "gate": _like_map,
     "gate_backward": _fake_gate_backward,
+    "sea_attention": _like_map,
 }
 
 

@@ -135,7 +135,7 @@ def test_every_tile_of_a_map_is_compiled():
 
     def tiles(sides):
         return {
-            squeeze.tile(x)
+            squeeze.tile(h, w, squeeze.by_channels(x))
             for h in sides
             for w in sides
             for x in static._layouts(1, 128, h, w, static.DTYPES[0]).values()

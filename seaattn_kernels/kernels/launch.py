@@ -45,19 +45,33 @@ def capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
+def all_registers(x: Tensor) -> dict[str, int]:
+    """The option by which an assembler does not spill to fit one more program into a multiprocessor,
+    for kernels whose programs are few."""
+    return {"maxnreg": 255} if capability(x.device) > (0, 0) else {}
+
+
 def power_of_2(n: int, least: int = 1, most: int = 1 << 30) -> int:
     """The power of two that holds ``n``, between the bounds."""
     return max(least, min(most, triton.next_power_of_2(n)))
 
 
-def precision(x: Tensor) -> str:
+def precision(x: Tensor, switch=None) -> str:
     """The input precision of products: PyTorch's TF32 switch of matmul for float32.
 
-    The factors are float32 whatever ``x`` is. TF32 drops their low bits without rounding: less than
-    bfloat16 has lost, more than float16 has.
+    ``switch``: another one of ``torch.backends``. The factors are float32 whatever ``x`` is. TF32
+    drops their low bits without rounding: less than bfloat16 has lost, more than float16 has.
     """
     if capability(x.device) < (8, 0) or x.dtype is torch.float16:
         return "ieee"
     # allow_tf32, the older name of the switch, cannot be read where the newer one was set.
-    switch = torch.backends.cuda.matmul.fp32_precision
-    return "ieee" if x.dtype is torch.float32 and switch != "tf32" else "tf32"
+    switch = switch or torch.backends.cuda.matmul
+    return "ieee" if x.dtype is torch.float32 and switch.fp32_precision != "tf32" else "tf32"
+
+
+def fine_precision(x: Tensor) -> str:
+    """As :func:`precision`, and for float16 on matrix units what float32 has but for a bit or two:
+    three TF32 products, of the high and the low bits."""
+    if capability(x.device) >= (8, 0) and x.dtype is torch.float16:
+        return "tf32x3"
+    return precision(x)

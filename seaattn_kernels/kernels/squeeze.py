@@ -8,6 +8,7 @@ stay in registers until the end. One band and one strip, the whole map, is the u
 of several are added by a second kernel, always in the same order. Sums run in float32.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -125,13 +126,17 @@ class Tile(NamedTuple):
     w: int
 
 
-def tile(x: Tensor) -> Tile:
+def by_channels(x: Tensor) -> bool:
+    """Whether it is the channels of a map that are neighbours in memory."""
+    return x.stride(1) == 1 and x.stride(3) != 1
+
+
+def tile(h: int, w: int, by_channels: bool) -> Tile:
     """A tile of 2048 elements of a map, longest along the axis contiguous in memory.
 
     Few shapes of tiles for all shapes of maps: each is compiled anew.
     """
-    h, w = x.shape[2:]
-    if x.stride(1) == 1 and x.stride(3) != 1:
+    if by_channels:
         block_c = 64
         block_w = power_of_2(w, least=8, most=32)
         block_h = 2048 // (block_c * block_w)
@@ -145,7 +150,7 @@ def tile(x: Tensor) -> Tile:
 def tiles(x: Tensor) -> tuple[int, dict[str, int]]:
     """How many programs cover a map with a tile each, and their constants."""
     b, c, h, w = x.shape
-    block = tile(x)
+    block = tile(h, w, by_channels(x))
     programs = b * triton.cdiv(c, block.c) * triton.cdiv(h, block.h) * triton.cdiv(w, block.w)
     return programs, _constants(block)
 
@@ -164,33 +169,61 @@ def bands(programs: int, h: int, block_h: int, most: int) -> int:
     return max(1, min(triton.cdiv(most, programs), h // (16 * block_h)))
 
 
+class Cut(NamedTuple):
+    """How a map is cut: a program walks down a band of a strip with one tile."""
+
+    tile: Tile
+    strips: int
+    bands: int
+    band: int  # rows
+
+
+def cut(shape: Sequence[int], by_channels: bool, device: torch.device) -> Cut:
+    """The cut of a map, so that a device has work."""
+    b, c, h, w = shape
+    block = tile(h, w, by_channels)
+    strips = triton.cdiv(w, block.w)
+    programs = b * triton.cdiv(c, block.c) * strips
+    parts = bands(programs, h, block.h, 2 * multiprocessors(device))
+    band = triton.cdiv(triton.cdiv(h, parts), block.h) * block.h
+    return Cut(block, strips, triton.cdiv(h, band), band)
+
+
+def sums(
+    x: Tensor, cut: Cut, row: Tensor, column: Tensor, row_scale: float, column_scale: float
+) -> None:
+    """Write the sums of ``x`` times a factor: ``(B, C, H, strips)`` and ``(B, C, W, bands)``."""
+    b, c, h, w = x.shape
+    launch(
+        squeeze_kernel, b * triton.cdiv(c, cut.tile.c) * cut.strips * cut.bands,
+        x, row, column, c, h, w, cut.band, cut.bands, cut.strips, *x.stride(),
+        row_scale, column_scale, **_constants(cut.tile),
+    )  # fmt: skip
+
+
 def axial_squeeze(x: Tensor, mean: bool = True) -> tuple[Tensor, Tensor]:
     """``(B, C, H, W)`` of any strides -> ``(B, C, H)``, ``(B, C, W)`` in x's dtype.
 
     The means, or the sums.
     """
     b, c, h, w = x.shape
-    block = tile(x)
-    strips = triton.cdiv(w, block.w)
-    programs = b * triton.cdiv(c, block.c) * strips
-    parts = bands(programs, h, block.h, 2 * multiprocessors(x.device))
-    band = triton.cdiv(triton.cdiv(h, parts), block.h) * block.h
-    parts = triton.cdiv(h, band)
+    way = cut(x.shape, by_channels(x), x.device)
     row, column = x.new_empty(b, c, h), x.new_empty(b, c, w)
-    row_parts = row if strips == 1 else row.new_empty(b, c, h, strips, dtype=torch.float32)
-    column_parts = column if parts == 1 else row.new_empty(b, c, w, parts, dtype=torch.float32)
+    row_parts, column_parts = row, column
+    if way.strips > 1:
+        row_parts = row.new_empty(b, c, h, way.strips, dtype=torch.float32)
+    if way.bands > 1:
+        column_parts = row.new_empty(b, c, w, way.bands, dtype=torch.float32)
     row_scale, column_scale = (1 / w, 1 / h) if mean else (1.0, 1.0)
-    launch(
-        squeeze_kernel, programs * parts,
-        x, row_parts, column_parts, c, h, w, band, parts, strips, *x.stride(),
-        row_scale if strips == 1 else 1.0, column_scale if parts == 1 else 1.0,
-        **_constants(block),
+    sums(
+        x, way, row_parts, column_parts,
+        row_scale if way.strips == 1 else 1.0, column_scale if way.bands == 1 else 1.0,
     )  # fmt: skip
-    for out, sums, scale in ((row, row_parts, row_scale), (column, column_parts, column_scale)):
-        if out is not sums:
+    for out, parts, scale in ((row, row_parts, row_scale), (column, column_parts, column_scale)):
+        if out is not parts:
             launch(
                 combine_kernel, triton.cdiv(out.numel(), 256),
-                sums, out, out.numel(), sums.shape[3], scale, BLOCK=256, num_warps=4,
+                parts, out, out.numel(), parts.shape[3], scale, BLOCK=256, num_warps=4,
             )  # fmt: skip
     return row, column
 

@@ -1,0 +1,527 @@
+"""The whole block in eval mode from folded weights, in four or five launches.
+
+With ``N`` the length of an axis, ``D`` and ``E`` the channels of a key and of a value in a head,
+``DH = heads*E``, ``NQ = heads*(2D + E)``:
+
+    qkv  = Wqkv x + b                                              every pixel, (NQ, C)
+    axis = mean of qkv along the other axis, + position            = Wqkv (mean of x) + b + position
+    o    = softmax(D^-0.5 q^T k) v                                 along each axis, per head
+    e    = We act(o) + b                                           (DH, DH), row and column
+    out  = sigma(Wproj act(v + e_row + e_column) + b) * (Wpw act(dw3x3(qkv) + b) + b)
+
+    project  qkv into one map (pixels, NQ), in the dtype of x
+    attend   a program owns BLOCK queries of one head of one image on one axis; it makes the axis
+             vectors that it needs itself, as means
+    encode   the product of both axes
+    finish   a program owns BLOCK_M pixels and BLOCK_N channels of the result: depthwise 3x3 out
+             of the map, the two products, the gate, one store
+
+Three ways to the axis vectors, by :func:`plan`:
+
+    direct       attend averages the projected map itself: project, attend, encode, finish.
+                 Small maps, where a launch costs more than reading the map again
+    squeezed     squeeze sums the projected map: project, squeeze, attend, encode, finish
+    projected    squeeze sums x, and attend projects the means, which commutes: squeeze, attend,
+                 encode, project, finish. Large maps in half precision. A mean rounds once where a
+                 mean of projections averages roundings, so float32 would need float64 here
+
+Pixels are counted through the batch. Products accumulate in float32; axis vectors, the depthwise
+stage and everything after a product are float32; o, e and the operands of products are in the dtype
+of x, as the map is.
+
+All launches share the current stream. In the first two ways each waits for the one before. In the
+third, squeeze to encode and project are independent, but where that way is taken each of them
+fills a GPU, so that side by side they would only share it; and one after the other they share
+memory: what is dead before the map is written lies in the map, so that the workspace is the map
+and e.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from seaattn_kernels.kernels import squeeze
+from seaattn_kernels.kernels.axial_attention import online, owned, scores
+from seaattn_kernels.kernels.broadcast_add import activate
+from seaattn_kernels.kernels.gate import sigmoid
+from seaattn_kernels.kernels.launch import (
+    INTERPRETED,
+    all_registers,
+    fine_precision,
+    launch,
+    multiprocessors,
+    power_of_2,
+    precision,
+)
+
+_LOG2E = tl.constexpr(math.log2(math.e))
+_INTERPRETED = tl.constexpr(INTERPRETED)
+
+
+@triton.jit
+def product(a, b, total, PRECISION: tl.constexpr):
+    """``total + a b`` in float32."""
+    if _INTERPRETED:  # where bfloat16 has no arithmetic
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, total, input_precision=PRECISION)
+
+
+@triton.jit
+def rounded(x, dtype: tl.constexpr):
+    """``x`` in the dtype of a map, to the nearest."""
+    if _INTERPRETED and dtype == tl.bfloat16:  # where a cast to it truncates
+        bits = x.to(tl.int32, bitcast=True)
+        x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def block_of(pid, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Rows and columns of a tile of a product; neighbouring programs share the rows."""
+    across = tl.cdiv(columns, BLOCK_N)
+    m = (pid // across) * BLOCK_M + tl.arange(0, BLOCK_M)
+    return m, (pid % across) * BLOCK_N + tl.arange(0, BLOCK_N)
+
+
+@triton.jit
+def load_weight(weight_ptr, n, k, N, K, pitch):
+    """``weight[n, k]`` as (k, n), zero outside; rows are ``pitch`` apart."""
+    at = weight_ptr + n.to(tl.int64)[None, :] * pitch + k[:, None]
+    return tl.load(at, mask=(n < N)[None, :] & (k < K)[:, None], other=0.0)
+
+
+@triton.jit(do_not_specialize=["N"])
+def project_kernel(
+    x_ptr, weight_ptr, bias_ptr, out_ptr, pixels, image, C, N, x_b, x_c, x_p, pitch, out_pitch,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``out[p, n] = sum_c weight[n, c] x[p, c] + bias[n]``; ``image`` pixels in each image."""
+    p, n = block_of(tl.program_id(0), N, BLOCK_M, BLOCK_N)
+    x_ptr += (p // image).to(tl.int64)[:, None] * x_b + (p % image).to(tl.int64)[:, None] * x_p
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, C, BLOCK_K):
+        c = start + tl.arange(0, BLOCK_K)
+        inside = (p < pixels)[:, None] & (c < C)[None, :]
+        x = tl.load(x_ptr + c.to(tl.int64)[None, :] * x_c, mask=inside, other=0.0)
+        total = product(x, load_weight(weight_ptr, n, c, N, C, pitch), total, PRECISION)
+    total += tl.load(bias_ptr + n, mask=n < N, other=0.0)[None, :]
+    at = out_ptr + p.to(tl.int64)[:, None] * out_pitch + n[None, :]
+    inside = (p < pixels)[:, None] & (n < N)[None, :]
+    tl.store(at, rounded(total, out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def mean(
+    x_ptr, n, c, inside, stride_n, stride_c, stride_t, terms, scale,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """``scale * sum_t x[n, c, t]`` as (n, c) in float32, zero outside."""
+    at = x_ptr + n.to(tl.int64)[None, :, None] * stride_n + c.to(tl.int64)[None, None, :] * stride_c
+    total = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
+    for start in range(0, terms, BLOCK_T):
+        t = start + tl.arange(0, BLOCK_T)
+        here = inside[None, :, :] & (t < terms)[:, None, None]
+        x = tl.load(at + t.to(tl.int64)[:, None, None] * stride_t, mask=here, other=0.0)
+        total += tl.sum(x.to(tl.float32), 0)
+    return total * scale
+
+
+@triton.jit
+def vectors(
+    x_ptr, weight_ptr, bias_ptr, position_ptr, first, n, N, C, pitch, keys,
+    stride_n, stride_c, stride_t, terms, scale, LENGTH: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
+    PROJECT: tl.constexpr, PRECISION: tl.constexpr, POSITION: tl.constexpr,
+):  # fmt: skip
+    """Channels ``first`` to ``first + LENGTH`` of an axis at the positions n, as (n, channel).
+
+    Means of the projected map, or the projection of means of x; in float32, zero outside.
+    """
+    c = tl.arange(0, BLOCK_C)
+    inside = (n < N)[:, None] & (c < LENGTH)[None, :]
+    if PROJECT:
+        total = tl.zeros([BLOCK, BLOCK_C], tl.float32)
+        weight_ptr += first.to(tl.int64) * pitch
+        for start in range(0, C, BLOCK_K):
+            k = start + tl.arange(0, BLOCK_K)
+            here = (n < N)[:, None] & (k < C)[None, :]
+            x = mean(
+                x_ptr, n, k, here, stride_n, stride_c, stride_t, terms, scale,
+                BLOCK, BLOCK_K, BLOCK_T,
+            )  # fmt: skip
+            weight = load_weight(weight_ptr, c, k, LENGTH, C, pitch)
+            total = tl.dot(x, weight, total, input_precision=PRECISION)
+        total += tl.load(bias_ptr + first + c, mask=c < LENGTH, other=0.0)[None, :]
+    else:
+        total = mean(
+            x_ptr, n, first + c, inside, stride_n, stride_c, stride_t, terms, scale,
+            BLOCK, BLOCK_C, BLOCK_T,
+        )  # fmt: skip
+    if POSITION:
+        at = position_ptr + n[:, None] * (2 * keys) + first + c[None, :]
+        total += tl.load(at, mask=inside, other=0.0)
+    return tl.where(inside, total, 0.0)
+
+
+@triton.jit(do_not_specialize=["H", "W", "programs", "heads", "scale", "slope"])
+def attend_kernel(
+    row_ptr, column_ptr, weight_ptr, bias_ptr, position_ptr, out_ptr, H, W, C, programs, heads,
+    row_b, row_n, row_c, row_t, row_terms, row_scale,
+    column_b, column_n, column_c, column_t, column_terms, column_scale,
+    rows, pitch, out_pitch, scale, slope, D: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
+    PROJECT: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``act(o)`` of both axes: ``(B*H, DH)``, then ``(B*W, DH)``, rows ``out_pitch`` apart."""
+    pid = tl.program_id(0)
+    keys = heads * D
+    if pid < programs:
+        x_ptr, N, terms, factor = row_ptr, H, row_terms, row_scale
+        stride_b, stride_n, stride_c, stride_t = row_b, row_n, row_c, row_t
+    else:
+        x_ptr, N, terms, factor = column_ptr, W, column_terms, column_scale
+        stride_b, stride_n, stride_c, stride_t = column_b, column_n, column_c, column_t
+        position_ptr += H * 2 * keys
+        out_ptr += rows * out_pitch
+        pid -= programs
+    b, head, i = owned(pid, N, heads, BLOCK)
+    x_ptr += b * stride_b
+    q = vectors(
+        x_ptr, weight_ptr, bias_ptr, position_ptr, head * D, i, N, C, pitch, keys,
+        stride_n, stride_c, stride_t, terms, factor, D, BLOCK, BLOCK_D, BLOCK_T, BLOCK_K,
+        PROJECT, PRECISION, True,
+    ) * (scale * _LOG2E)  # fmt: skip
+    largest = tl.full([BLOCK], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    out = tl.zeros([BLOCK, BLOCK_E], tl.float32)
+    for start in range(0, N, BLOCK):
+        j = start + tl.arange(0, BLOCK)
+        k = vectors(
+            x_ptr, weight_ptr, bias_ptr, position_ptr, keys + head * D, j, N, C, pitch, keys,
+            stride_n, stride_c, stride_t, terms, factor, D, BLOCK, BLOCK_D, BLOCK_T, BLOCK_K,
+            PROJECT, PRECISION, True,
+        )  # fmt: skip
+        v = vectors(
+            x_ptr, weight_ptr, bias_ptr, position_ptr, 2 * keys + head * E, j, N, C, pitch, keys,
+            stride_n, stride_c, stride_t, terms, factor, E, BLOCK, BLOCK_E, BLOCK_T, BLOCK_K,
+            PROJECT, PRECISION, False,
+        )  # fmt: skip
+        s = scores(q, tl.trans(k), j, N, PRECISION)
+        p, shrink, largest, total = online(s, largest, total)
+        out = out * shrink[:, None] + tl.dot(p, v, input_precision=PRECISION)
+    out = activate(out / total[:, None], slope, ACTIVATION)
+    e = tl.arange(0, BLOCK_E)
+    at = out_ptr + (b * N + i)[:, None] * out_pitch + head * E + e[None, :]
+    inside = (i < N)[:, None] & (e < E)[None, :]
+    tl.store(at, rounded(out, out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows", "columns", "programs"])
+def encode_kernel(
+    x_ptr, weight_ptr, bias_ptr, out_ptr, rows, columns, programs, N, pitch,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``out = We x + b`` of the positions on the rows, then of those on the columns.
+
+    A program owns BLOCK_M positions of one axis and BLOCK_N channels; pitches are all the same.
+    """
+    pid = tl.program_id(0)
+    length = rows
+    if pid >= programs:
+        pid -= programs
+        length = columns
+        x_ptr += rows * pitch
+        out_ptr += rows * pitch
+        weight_ptr += N * pitch
+        bias_ptr += N
+    m, n = block_of(pid, N, BLOCK_M, BLOCK_N)
+    at = m.to(tl.int64)[:, None] * pitch
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, N, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        x = tl.load(
+            x_ptr + at + k[None, :], mask=(m < length)[:, None] & (k < N)[None, :], other=0.0
+        )
+        total = product(x, load_weight(weight_ptr, n, k, N, N, pitch), total, PRECISION)
+    total += tl.load(bias_ptr + n, mask=n < N, other=0.0)[None, :]
+    inside = (m < length)[:, None] & (n < N)[None, :]
+    tl.store(out_ptr + at + n[None, :], rounded(total, out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["H", "slope"])
+def finish_kernel(
+    map_ptr, axis_ptr, dw_weight_ptr, dw_bias_ptr, pw_weight_ptr, pw_bias_ptr, proj_weight_ptr,
+    proj_bias_ptr, out_ptr, pixels, image, H, W, C, N, VALUES, first, axis_pitch, columns,
+    out_b, out_c, out_p, slope,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    ACTIVATION: tl.constexpr, HARD: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The result from the projected map ``(pixels, N)`` and the encoded axes.
+
+    ``first``: the first channel of v in the map; ``columns``: where the column vectors begin.
+    """
+    p, c = block_of(tl.program_id(0), C, BLOCK_M, BLOCK_N)
+    b, at = p // image, p % image
+    h, w = at // W, at % W
+    here = p < pixels
+    map_ptr += p.to(tl.int64)[:, None] * N
+
+    detail = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in tl.range(0, N, BLOCK_K, num_stages=1):
+        n = start + tl.arange(0, BLOCK_K)
+        in_n = n < N
+        z = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+        z += tl.load(dw_bias_ptr + n, mask=in_n, other=0.0)[None, :]
+        for di in tl.range(3, num_stages=1):
+            in_h = here & (h + di >= 1) & (h + di < H + 1)
+            for dj in tl.static_range(3):
+                in_w = in_h & (w + dj >= 1) & (w + dj < W + 1)
+                offset = ((di - 1) * W + (dj - 1)).to(tl.int64) * N
+                x = tl.load(
+                    map_ptr + offset + n[None, :], mask=in_w[:, None] & in_n[None, :], other=0.0
+                )
+                weight = tl.load(dw_weight_ptr + (3 * di + dj) * N + n, mask=in_n, other=0.0)
+                z += x.to(tl.float32) * weight[None, :]
+        z = rounded(activate(z, slope, ACTIVATION), out_ptr.dtype.element_ty)
+        detail = product(z, load_weight(pw_weight_ptr, c, n, C, N, N), detail, PRECISION)
+
+    row_ptr = axis_ptr + (b * H + h).to(tl.int64)[:, None] * axis_pitch
+    column_ptr = axis_ptr + columns * axis_pitch + (b * W + w).to(tl.int64)[:, None] * axis_pitch
+    weight = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in tl.range(0, VALUES, BLOCK_K, num_stages=2):
+        n = start + tl.arange(0, BLOCK_K)
+        inside = here[:, None] & (n < VALUES)[None, :]
+        v = tl.load(map_ptr + first + n[None, :], mask=inside, other=0.0).to(tl.float32)
+        row = tl.load(row_ptr + n[None, :], mask=inside, other=0.0).to(tl.float32)
+        column = tl.load(column_ptr + n[None, :], mask=inside, other=0.0).to(tl.float32)
+        z = rounded(activate(v + (row + column), slope, ACTIVATION), out_ptr.dtype.element_ty)
+        proj = load_weight(proj_weight_ptr, c, n, C, VALUES, axis_pitch)
+        weight = product(z, proj, weight, PRECISION)
+
+    in_c = c < C
+    detail += tl.load(pw_bias_ptr + c, mask=in_c, other=0.0)[None, :]
+    weight += tl.load(proj_bias_ptr + c, mask=in_c, other=0.0)[None, :]
+    out_ptr += b.to(tl.int64)[:, None] * out_b + at.to(tl.int64)[:, None] * out_p
+    tl.store(
+        out_ptr + c.to(tl.int64)[None, :] * out_c,
+        rounded(sigmoid(weight, HARD) * detail, out_ptr.dtype.element_ty),
+        mask=here[:, None] & in_c[None, :],
+    )
+
+
+# --- blocks and ways, by the shape -----------------------------------------------------------
+
+#: Longest axis on which attend averages the map itself.
+_DIRECT_AXIS = 32
+#: What is read twice in the time of a launch, 2 us, at 4 TB/s.
+_DIRECT_BYTES = 4 << 20
+
+
+def plan(b: int, h: int, w: int, projected: int, dtype: torch.dtype, squeeze_first: bool) -> str:
+    """The way to the axis vectors: see the head of this file.
+
+    ``squeeze_first``: whether projecting means costs less than averaging projections.
+    """
+    small = b * h * w * projected * dtype.itemsize <= _DIRECT_BYTES
+    if max(h, w) <= _DIRECT_AXIS and (small or not squeeze_first):
+        return "direct"
+    return "projected" if squeeze_first and dtype.itemsize == 2 else "squeezed"
+
+
+class Tile(NamedTuple):
+    """Rows and columns of a product that a program owns, the step along its sum, and warps."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+
+    def programs(self, m: int, n: int) -> int:
+        return triton.cdiv(m, self.m) * triton.cdiv(n, self.n)
+
+    def constants(self) -> dict[str, int]:
+        return {
+            "BLOCK_M": self.m, "BLOCK_N": self.n, "BLOCK_K": self.k, "num_warps": self.warps,
+        }  # fmt: skip
+
+
+# From the best reuse to the most programs: in half precision or TF32, and in exact float32, whose
+# products keep whole rows of both factors in registers.
+_PRODUCT = ((128, 128, 64, 8), (64, 128, 64, 4), (64, 64, 64, 4), (32, 64, 64, 4), (32, 32, 64, 4))
+_PRODUCT += ((16, 32, 64, 4),)
+_FINISH = ((64, 256, 32, 8), (64, 128, 32, 8), (64, 64, 32, 4), (32, 64, 64, 4), (16, 64, 128, 4))
+_FINISH += ((16, 32, 128, 4), (16, 16, 128, 4))
+_EXACT = ((64, 64, 16, 8), (32, 64, 16, 4), (32, 32, 16, 4), (16, 32, 32, 4), (16, 16, 32, 4))
+
+
+def tile(
+    choices: tuple[tuple[int, ...], ...],
+    m: int,
+    n: int,
+    processors: int,
+    dtype: torch.dtype,
+    precision: str,
+) -> Tile:
+    """The first of the choices that gives every multiprocessor a program, or else the last."""
+    wide = dtype is torch.float32
+    exact = wide and precision == "ieee"
+    widest = power_of_2(n, least=16)
+    if INTERPRETED:  # which takes as long for a large tile as for a small one
+        return Tile(256, widest, 128, 4)
+    for block_m, block_n, block_k, warps in _EXACT if exact else choices:
+        # A step of TF32 takes half the elements in as many bytes.
+        block_k = block_k // 2 if wide and not exact else block_k
+        found = Tile(block_m, min(block_n, widest), block_k, warps)
+        if found.programs(m, n) >= processors:
+            break
+    return found
+
+
+def attend_block(n: int) -> tuple[int, int]:
+    """Queries, and keys at a time, of a program of attend on an axis so long, and its warps."""
+    return (16, 4) if n <= 16 else (32, 8)
+
+
+def carve(x: Tensor, *sizes: int) -> tuple[Tensor, ...]:
+    """Uninitialised tensors of so many elements of x's dtype, multiples of 16, in one allocation."""
+    return x.new_empty(sum(sizes)).split(sizes)
+
+
+class Axis(NamedTuple):
+    """The terms of the means along an axis: ``scale * sum_t x[b, n, c, t]``."""
+
+    x: Tensor
+    strides: tuple[int, int, int, int]
+    terms: int
+    scale: float
+
+
+def _of_map(qkv: Tensor, h: int, w: int, projected: int) -> tuple[Axis, Axis]:
+    """The projected map, pixel by pixel."""
+    image, line = h * w * projected, w * projected
+    row = Axis(qkv, (image, line, 1, projected), w, 1 / w)
+    return row, Axis(qkv, (image, projected, 1, line), h, 1 / h)
+
+
+def _of_sums(x: Tensor, cut: squeeze.Cut, scratch: Tensor) -> tuple[Axis, Axis]:
+    """The means of a map, those of several strips and bands in parts, written into ``scratch``."""
+    b, c, h, w = x.shape
+    size = b * c * h * cut.strips
+    row, column = scratch[:size], scratch[size:]
+    squeeze.sums(x, cut, row, column, 1 / w, 1 / h)
+    return tuple(
+        Axis(sums, (c * n * parts, parts, n * parts, 1), parts, 1.0)
+        for sums, n, parts in ((row, h, cut.strips), (column, w, cut.bands))
+    )
+
+
+def _scratch_size(shape: Sequence[int], cut: squeeze.Cut, dtype: torch.dtype) -> int:
+    """Elements of ``dtype`` that hold the float32 of :func:`_of_sums`."""
+    b, c, h, w = shape
+    sums = b * c * (h * cut.strips + w * cut.bands)
+    return triton.cdiv(sums * 4 // dtype.itemsize, 16) * 16
+
+
+def _pixel_stride(x: Tensor) -> int:
+    """Between neighbours of an image, whose pixels are evenly spaced."""
+    return x.stride(3) if x.shape[3] > 1 else x.stride(2)
+
+
+def sea_attention(
+    x: Tensor, weights: list[Tensor], heads: int, key_dim: int, activation: int,
+    negative_slope: float, hard: bool, squeeze_first: bool, out: Tensor,
+) -> Tensor:  # fmt: skip
+    """The block of ``x`` into ``out``: ``(B, C, H, W)`` both, the pixels of an image evenly spaced.
+
+    ``weights``: the fields of ``fold.PackedWeights``.
+    """
+    (
+        qkv_weight, qkv_bias, dw_weight, dw_bias, pw_weight, pw_bias, encode_weight, encode_bias,
+        proj_weight, proj_bias, axis_weight, position,
+    ) = weights  # fmt: skip
+    b, c, h, w = x.shape
+    pixels, rows, columns = b * h * w, b * h, b * w
+    projected = qkv_weight.shape[0]
+    _, values, pitch = encode_weight.shape
+    value_dim = values // heads
+    # Eager makes the products of maps by convolutions.
+    of_maps, of_axes = precision(x, torch.backends.cudnn.conv), fine_precision(x)
+    way = plan(b, h, w, projected, x.dtype, squeeze_first)
+
+    def tile_of(choices: tuple[tuple[int, ...], ...], m: int, n: int) -> Tile:
+        return tile(choices, m, n, multiprocessors(x.device), x.dtype, of_maps)
+
+    def project(qkv: Tensor) -> None:
+        block = tile_of(_PRODUCT, pixels, projected)
+        launch(
+            project_kernel, block.programs(pixels, projected),
+            x, qkv_weight, qkv_bias, qkv, pixels, h * w, c, projected,
+            x.stride(0), x.stride(1), _pixel_stride(x), qkv_weight.shape[1], projected,
+            PRECISION=of_maps, **block.constants(),
+        )  # fmt: skip
+
+    def attend(row: Axis, column: Axis, attended: Tensor) -> None:
+        block_d, block_e = power_of_2(key_dim, least=16), power_of_2(value_dim, least=16)
+        block, warps = attend_block(max(h, w))
+        programs, others = (b * heads * triton.cdiv(n, block) for n in (h, w))
+        launch(
+            attend_kernel, programs + others,
+            row.x, column.x, axis_weight, qkv_bias, position, attended,
+            h, w, c, programs, heads, *row.strides, row.terms, row.scale,
+            *column.strides, column.terms, column.scale,
+            rows, axis_weight.shape[1], pitch, key_dim**-0.5, negative_slope,
+            D=key_dim, E=value_dim, BLOCK=block, BLOCK_D=block_d, BLOCK_E=block_e,
+            BLOCK_T=8 if way == "direct" else 1, BLOCK_K=32, PROJECT=way == "projected",
+            ACTIVATION=activation, PRECISION=of_axes, num_warps=warps, num_stages=1,
+            **all_registers(x),
+        )  # fmt: skip
+
+    def encode(attended: Tensor, encoded: Tensor) -> None:
+        block = tile_of(_PRODUCT, rows + columns, values)
+        programs, others = (block.programs(m, values) for m in (rows, columns))
+        launch(
+            encode_kernel, programs + others,
+            attended, encode_weight, encode_bias, encoded, rows, columns, programs, values, pitch,
+            PRECISION=of_maps, **block.constants(),
+        )  # fmt: skip
+
+    def finish(qkv: Tensor, encoded: Tensor) -> None:
+        block = tile_of(_FINISH, pixels, c)
+        launch(
+            finish_kernel, block.programs(pixels, c),
+            qkv, encoded, dw_weight, dw_bias, pw_weight, pw_bias, proj_weight, proj_bias, out,
+            pixels, h * w, h, w, c, projected, values, 2 * heads * key_dim, pitch, rows,
+            out.stride(0), out.stride(1), _pixel_stride(out), negative_slope,
+            ACTIVATION=activation, HARD=hard, PRECISION=of_maps, **block.constants(),
+        )  # fmt: skip
+
+    map_size, axis_size = pixels * projected, (rows + columns) * pitch
+    if way == "direct":
+        qkv, attended, encoded = carve(x, map_size, axis_size, axis_size)
+        project(qkv)
+        attend(*_of_map(qkv, h, w, projected), attended)
+        encode(attended, encoded)
+    elif way == "squeezed":
+        shape, strides = (b, projected, h, w), (h * w * projected, 1, w * projected, projected)
+        cut = squeeze.cut(shape, True, x.device)
+        sizes = (map_size, axis_size, axis_size, _scratch_size(shape, cut, x.dtype))
+        qkv, attended, encoded, scratch = carve(x, *sizes)
+        project(qkv)
+        scratch = scratch.view(torch.float32)
+        attend(*_of_sums(qkv.as_strided(shape, strides), cut, scratch), attended)
+        encode(attended, encoded)
+    else:
+        cut = squeeze.cut(x.shape, squeeze.by_channels(x), x.device)
+        dead = axis_size + _scratch_size(x.shape, cut, x.dtype)
+        qkv, encoded = carve(x, max(map_size, dead), axis_size)
+        attended = qkv[:axis_size]
+        attend(*_of_sums(x, cut, qkv[axis_size:dead].view(torch.float32)), attended)
+        encode(attended, encoded)
+        project(qkv)
+    finish(qkv, encoded)
+    return out
