@@ -22,7 +22,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -39,7 +39,7 @@ from triton.runtime import JITFunction, driver
 
 from bench.cases import CASES
 from seaattn_kernels.kernels import axial_attention, block, broadcast_add, gate, launch, squeeze
-from seaattn_kernels.reference import ACTIVATIONS
+from seaattn_kernels.reference import ACTIVATIONS, is_channels_last, squeeze_first
 
 _MODULES = (squeeze, axial_attention, broadcast_add, gate, block)
 _CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -61,6 +61,7 @@ class Target:
     gbytes: float  # GB/s of memory
     tflops: float  # outside the matrix units, float32
     tf32: float  # TFLOP/s of dense TF32 products; without such units the same as tflops
+    half: float  # TFLOP/s of dense float16 products
 
     @property
     def capability(self) -> tuple[int, int]:
@@ -81,15 +82,15 @@ def _nvidia(arch: int, card: str, *limits: float) -> Target:
 TARGETS = {
     target.name: target
     for target in (
-        _nvidia(75, "T4", 40, 32, 16, 64 * _KIB, 64 * _KIB, 320, 8.1, 8.1),
-        _nvidia(80, "A100 40GB", 108, 64, 32, 164 * _KIB, 163 * _KIB, 1555, 19.5, 156),
-        _nvidia(89, "L4", 58, 48, 24, 100 * _KIB, 99 * _KIB, 300, 30.3, 60),
-        _nvidia(90, "H200", 132, 64, 32, 228 * _KIB, 227 * _KIB, 4800, 67, 494),
-        _nvidia(100, "B200", 148, 64, 32, 228 * _KIB, 227 * _KIB, 8000, 75, 1125),
-        _nvidia(120, "RTX 5090", 170, 48, 24, 100 * _KIB, 99 * _KIB, 1792, 104.8, 104.8),
+        _nvidia(75, "T4", 40, 32, 16, 64 * _KIB, 64 * _KIB, 320, 8.1, 8.1, 65),
+        _nvidia(80, "A100 40GB", 108, 64, 32, 164 * _KIB, 163 * _KIB, 1555, 19.5, 156, 312),
+        _nvidia(89, "L4", 58, 48, 24, 100 * _KIB, 99 * _KIB, 300, 30.3, 60, 121),
+        _nvidia(90, "H200", 132, 64, 32, 228 * _KIB, 227 * _KIB, 4800, 67, 494, 989),
+        _nvidia(100, "B200", 148, 64, 32, 228 * _KIB, 227 * _KIB, 8000, 75, 1125, 2250),
+        _nvidia(120, "RTX 5090", 170, 48, 24, 100 * _KIB, 99 * _KIB, 1792, 104.8, 104.8, 209.5),
         Target(
             "gfx942", "MI300X", GPUTarget("hip", "gfx942", 64),
-            304, 32, 32, 64 * _KIB, 64 * _KIB, 5300, 163.4, 653.7,
+            304, 32, 32, 64 * _KIB, 64 * _KIB, 5300, 163.4, 653.7, 1307.4,
         ),
     )
 }  # fmt: skip
@@ -107,6 +108,8 @@ class Launch:
     example: str
     flops: int
     bytes: int
+    programs: int
+    rate: str  # what of a target its products run at
 
 
 @dataclass
@@ -155,12 +158,17 @@ def _kernels() -> Iterator[JITFunction]:
 
 
 @contextmanager
-def _recorded(target: Target, found: dict[str, Launch], example: list[str]) -> Iterator[None]:
-    """Launches within are written into ``found`` and neither compiled nor run."""
+def recorded(target: Target, found: Callable[[Launch], None], example: list[str]) -> Iterator[None]:
+    """Launches within are given to ``found`` and neither compiled nor run."""
     arguments: list = []
+    programs = [0]
 
     def before(*values, **_) -> None:
         arguments[:] = values
+
+    def counted(kernel: JITFunction, count: int, *values, **constants) -> None:
+        programs[0] = count
+        launch.launch(kernel, count, *values, **constants)
 
     def compiling(*, fn, compile, **_) -> bool:
         data = compile["specialization_data"]
@@ -176,8 +184,10 @@ def _recorded(target: Target, found: dict[str, Launch], example: list[str]) -> I
             example=example[0],
             flops=_FLOPS[fn.name](values) if fn.name in _FLOPS else 0,
             bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+            programs=programs[0],
+            rate=_rate(fn.name, values, tensors[0].dtype),
         )
-        found.setdefault(fn.name + data, launched)
+        found(launched)
         return True  # compiled already, as far as this call goes
 
     driver.set_active(_Driver(target))
@@ -185,11 +195,14 @@ def _recorded(target: Target, found: dict[str, Launch], example: list[str]) -> I
         kernel.pre_run_hooks.append(before)
     knobs.runtime.jit_cache_hook = compiling
     try:
-        with (
-            mock.patch.object(launch, "capability", return_value=target.capability),
-            mock.patch.object(squeeze, "multiprocessors", return_value=target.processors),
-            mock.patch.object(block, "multiprocessors", return_value=target.processors),
-        ):
+        with ExitStack() as stack:
+            patch = partial(mock.patch.object, return_value=target.capability)
+            stack.enter_context(patch(launch, "capability"))
+            patch = partial(mock.patch.object, return_value=target.processors)
+            for module in (squeeze, block):
+                stack.enter_context(patch(module, "multiprocessors"))
+            for module in _MODULES:
+                stack.enter_context(mock.patch.object(module, "launch", counted))
             yield
     finally:
         knobs.runtime.jit_cache_hook = None
@@ -207,6 +220,14 @@ def _configuration(kernel: JITFunction, compile: dict) -> str:
     return " ".join([*words, f"{compile['num_warps']} warps", f"{aligned} aligned"])
 
 
+def _rate(kernel: str, values: dict, dtype: torch.dtype) -> str:
+    """The field of :class:`Target` that bounds the products of a launch."""
+    precision = values.get("PRECISION", "ieee")
+    if kernel in _OF_MAPS and dtype.itemsize == 2:
+        return "half"
+    return {"tf32": "tf32", "tf32x3": "tf32x3"}.get(precision, "tflops")
+
+
 def _pairs(values: dict) -> int:
     """Pairs of a query and a key of all images and heads, on both axes."""
     return values["row_ptr"].shape[0] * values["heads"] * (values["H"] ** 2 + values["W"] ** 2)
@@ -218,12 +239,37 @@ def _table_flops(values: dict) -> int:
     return values["width"] * (2 * lengths + values["B"] * 2 * (values["H"] + values["W"]))
 
 
+def _attend_flops(values: dict) -> int:
+    """The attention, and the projection of means where they are projected: keys and values again
+    for each block of queries."""
+    d, e, h, w = (values[name] for name in ("D", "E", "H", "W"))
+    images = values["rows"] // h
+    total = (d + e) * (h * h + w * w)
+    if values["PROJECT"]:
+        for n in (h, w):
+            total += values["C"] * n * (d + (d + e) * triton.cdiv(n, values["BLOCK"]))
+    return 2 * images * values["heads"] * total
+
+
+def _finish_flops(values: dict) -> int:
+    """The depthwise stage once for each block of channels of the result."""
+    c, n = values["C"], values["N"]
+    again = triton.cdiv(c, values["BLOCK_N"])
+    return 2 * values["pixels"] * (9 * n * again + n * c + values["VALUES"] * c)
+
+
+#: The products of maps, whose factors are in the dtype of the map.
+_OF_MAPS = ("project_kernel", "encode_kernel", "finish_kernel")
 #: Two for a multiply-add of the products; the rest is far below the bytes.
 _FLOPS: dict[str, Callable[[dict], int]] = {
     "attention_kernel": lambda v: 2 * _pairs(v) * (v["D"] + v["E"]),
     "statistics_kernel": lambda v: 2 * _pairs(v) * (v["D"] + v["E"]),
     "attention_backward_kernel": lambda v: 2 * _pairs(v) * (4 * v["D"] + 3 * v["E"]),
     "tables_kernel": _table_flops,
+    "project_kernel": lambda v: 2 * v["pixels"] * v["C"] * v["N"],
+    "attend_kernel": _attend_flops,
+    "encode_kernel": lambda v: 2 * (v["rows"] + v["columns"]) * v["N"] ** 2,
+    "finish_kernel": _finish_flops,
 }
 
 
@@ -267,10 +313,42 @@ def _operators_of_an_axis(
     axial_attention.axial_attention_pair_backward(*out, row, column, tables, heads, d, d**-0.5)
 
 
+def packed_weights(
+    c: int, heads: int, d: int, e: int, h: int, w: int, dtype: torch.dtype
+) -> list[Tensor]:
+    """The fields of ``fold.PackedWeights``, without memory."""
+    keys, values = heads * d, heads * e
+    projected, channels, pitch = (-(-n // 16) * 16 for n in (2 * keys + values, c, values))
+    return [
+        _empty(projected, channels, dtype=dtype), _empty(projected),
+        _empty(9, projected), _empty(projected),
+        _empty(c, projected, dtype=dtype), _empty(c),
+        _empty(2, values, pitch, dtype=dtype), _empty(2, values),
+        _empty(c, pitch, dtype=dtype), _empty(c),
+        _empty(projected, channels), _empty(h + w, 2 * keys),
+    ]  # fmt: skip
+
+
+def whole_block(
+    x: Tensor, heads: int, d: int, e: int, activation: int = 2, hard: bool = True
+) -> None:
+    """The launches of a block of this map."""
+    (_, c, h, w), dtype = x.shape, x.dtype
+    layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
+    out = torch.empty(x.shape, dtype=dtype, device="meta", memory_format=layout)
+    weights = packed_weights(c, heads, d, e, h, w, dtype)
+    first = squeeze_first(h, w)
+    block.sea_attention(x, weights, heads, d, activation, 0.1, hard, first, out)
+
+
 #: Sides that reach every tile of a map, and the heads that were seen in models.
 _SIDES = (1, 7, 8, 14, 16, 20, 32, 40, 64, 80, 128, 256, 300)
 _HEADS = ((16, 32), (2, 4), (10, 20), (16, 16), (16, 64), (20, 40), (24, 48), (32, 64), (64, 128))
 _RELU6 = ACTIVATIONS.index("relu6")
+#: Maps of blocks that take each way to the axis vectors, and maps of odd sizes.
+_MAPS = ((1, 16, 16), (16, 32, 32), (64, 32, 32), (1, 7, 7), (1, 20, 20), (1, 100, 3), (1, 1, 1))
+_MAPS += ((1, 300, 300), (2, 1024, 1024), (1, 64, 128))
+_BATCHES = (1, 64)
 
 
 def _examples(dtypes: Sequence[torch.dtype]) -> Iterator[tuple[str, Callable[[], None]]]:
@@ -284,6 +362,7 @@ def _examples(dtypes: Sequence[torch.dtype]) -> Iterator[tuple[str, Callable[[],
             "16 images, 8 heads, 32x32",
             partial(_operators_of_an_axis, 16, 8, d, e, 32, 32, dtype),
         )
+    yield from _examples_of_blocks(dtypes)
     for dtype, h, w in itertools.product(dtypes, _SIDES, _SIDES):
         for layout, x in _layouts(16, 128, h, w, dtype).items():
             # These sides reach each tile once.
@@ -299,27 +378,59 @@ def _examples(dtypes: Sequence[torch.dtype]) -> Iterator[tuple[str, Callable[[],
     yield "1x2x40000x40000 NCHW", partial(_operators_of_a_map, huge, [_RELU6])
 
 
+def _examples_of_blocks(dtypes: Sequence[torch.dtype]) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Every stage in float16 on maps as models hold them, then what differs from that."""
+    half = [dtype for dtype in dtypes if dtype.itemsize == 2]
+    cases = itertools.product(half, CASES.values(), _BATCHES)
+    for dtype, case, batch in cases:
+        for h, w in case.maps.values():
+            x = _empty(batch, case.channels, h, w, dtype=dtype)
+            call = partial(whole_block, x, case.heads, case.key_dim, 2 * case.key_dim)
+            yield f"{case.name} {batch}x{h}x{w} NCHW", call
+    for dtype, (b, h, w) in itertools.product(dtypes, _MAPS):
+        for c in (192, 33):
+            for layout, x in list(_layouts(b, c, h, w, dtype).items())[:2]:
+                yield f"{b}x{c}x{h}x{w} {layout}", partial(whole_block, x, 8, 16, 32)
+    for dtype, (d, e), (b, h, w) in itertools.product(dtypes, _HEADS, _MAPS[:3]):
+        x = _empty(b, 128, h, w, dtype=dtype)
+        yield f"{b}x128x{h}x{w} NCHW", partial(whole_block, x, 4, d, e)
+    for dtype, activation, hard in itertools.product(
+        dtypes, range(len(ACTIVATIONS)), (True, False)
+    ):
+        x = _empty(1, 192, 32, 32, dtype=dtype)
+        call = partial(whole_block, x, 8, 16, 32, activation, hard)
+        yield "1x192x32x32 NCHW", call
+
+
 def launches(target: Target, brief: bool = False) -> list[Launch]:
     """What the launchers choose on a target; ``brief``: the first configuration of each kernel."""
     found: dict[str, Launch] = {}
     example = [""]
     dtypes = DTYPES if target.capability != (7, 5) else DTYPES[:2]
-    matmul = torch.backends.cuda.matmul
-    switch = matmul.fp32_precision
+    matmul, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    switches = matmul.fp32_precision, convolutions.fp32_precision
     try:
-        with _recorded(target, found, example):
+        with recorded(target, lambda one: found.setdefault(one.kernel + one.data, one), example):
             for name, call in _examples(dtypes):
                 example[0] = name
                 for matmul.fp32_precision in ("ieee", "tf32"):
+                    convolutions.fp32_precision = matmul.fp32_precision
                     call()
     finally:
-        matmul.fp32_precision = switch
+        matmul.fp32_precision, convolutions.fp32_precision = switches
     if not brief:
         return list(found.values())
     first: dict[str, Launch] = {}
     for launched in found.values():
         first.setdefault(launched.kernel, launched)
     return list(first.values())
+
+
+def predicted_us(launched: Launch) -> float:
+    """The larger of the time of the products and that of the bytes, without the launch."""
+    target = TARGETS[launched.target]
+    rate = target.tf32 / 3 if launched.rate == "tf32x3" else getattr(target, launched.rate)
+    return max(launched.flops / (rate * 1e6), launched.bytes / (target.gbytes * 1e3))
 
 
 # --- the binaries ----------------------------------------------------------------------------
@@ -352,10 +463,7 @@ def compiled(launched: Launch) -> Row:
     else:
         row.registers, row.spill_bytes = _amd_resources(found.asm["amdgcn"])
     row.occupancy = occupancy(target, row.registers, row.shared, warps)
-    rate = target.tf32 if "PRECISION=tf32" in launched.configuration else target.tflops
-    row.predicted_us = 1e6 * max(
-        launched.flops / (rate * 1e12), launched.bytes / (target.gbytes * 1e9)
-    )
+    row.predicted_us = predicted_us(launched)
     if row.shared > target.shared_program:
         row.wrong = f"needs {row.shared} bytes of shared memory of {target.shared_program}"
     elif row.spill_bytes and target.strict:

@@ -48,7 +48,11 @@ OPERATORS = {
     "reference": tuple(name for name in SCHEMAS if not name.endswith("_backward")),
     "cpu": ("axial_squeeze",),
     "triton": (
-        "axial_squeeze", "axial_attention", "axial_attention_pair", "broadcast_add", "gate",
+        "axial_squeeze",
+        "axial_attention",
+        "axial_attention_pair",
+        "broadcast_add",
+        "gate",
         "sea_attention",
     ),
     "cuda": (),

@@ -89,15 +89,21 @@ def block_of(pid, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def load_weight(weight_ptr, n, k, N, K, pitch):
-    """``weight[n, k]`` as (k, n), zero outside; rows are ``pitch`` apart."""
-    at = weight_ptr + n.to(tl.int64)[None, :] * pitch + k[:, None]
+def padded(n):
+    """How far apart rows of so many channels begin."""
+    return tl.cdiv(n, 16) * 16
+
+
+@triton.jit
+def load_weight(weight_ptr, n, k, N, K):
+    """``weight[n, k]`` as (k, n), zero outside."""
+    at = weight_ptr + n.to(tl.int64)[None, :] * padded(K) + k[:, None]
     return tl.load(at, mask=(n < N)[None, :] & (k < K)[:, None], other=0.0)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit
 def project_kernel(
-    x_ptr, weight_ptr, bias_ptr, out_ptr, pixels, image, C, N, x_b, x_c, x_p, pitch, out_pitch,
+    x_ptr, weight_ptr, bias_ptr, out_ptr, pixels, image, C, N, x_b, x_c, x_p,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``out[p, n] = sum_c weight[n, c] x[p, c] + bias[n]``; ``image`` pixels in each image."""
@@ -108,9 +114,9 @@ def project_kernel(
         c = start + tl.arange(0, BLOCK_K)
         inside = (p < pixels)[:, None] & (c < C)[None, :]
         x = tl.load(x_ptr + c.to(tl.int64)[None, :] * x_c, mask=inside, other=0.0)
-        total = product(x, load_weight(weight_ptr, n, c, N, C, pitch), total, PRECISION)
+        total = product(x, load_weight(weight_ptr, n, c, N, C), total, PRECISION)
     total += tl.load(bias_ptr + n, mask=n < N, other=0.0)[None, :]
-    at = out_ptr + p.to(tl.int64)[:, None] * out_pitch + n[None, :]
+    at = out_ptr + p.to(tl.int64)[:, None] * N + n[None, :]
     inside = (p < pixels)[:, None] & (n < N)[None, :]
     tl.store(at, rounded(total, out_ptr.dtype.element_ty), mask=inside)
 
@@ -133,10 +139,9 @@ def mean(
 
 @triton.jit
 def vectors(
-    x_ptr, weight_ptr, bias_ptr, position_ptr, first, n, N, C, pitch, keys,
-    stride_n, stride_c, stride_t, terms, scale, LENGTH: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
-    PROJECT: tl.constexpr, PRECISION: tl.constexpr, POSITION: tl.constexpr,
+    x_ptr, weight_ptr, bias_ptr, first, n, N, C, stride_n, stride_c, stride_t, terms, scale,
+    LENGTH: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr, PROJECT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Channels ``first`` to ``first + LENGTH`` of an axis at the positions n, as (n, channel).
 
@@ -146,7 +151,7 @@ def vectors(
     inside = (n < N)[:, None] & (c < LENGTH)[None, :]
     if PROJECT:
         total = tl.zeros([BLOCK, BLOCK_C], tl.float32)
-        weight_ptr += first.to(tl.int64) * pitch
+        weight_ptr += first.to(tl.int64) * padded(C)
         for start in range(0, C, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
             here = (n < N)[:, None] & (k < C)[None, :]
@@ -154,84 +159,102 @@ def vectors(
                 x_ptr, n, k, here, stride_n, stride_c, stride_t, terms, scale,
                 BLOCK, BLOCK_K, BLOCK_T,
             )  # fmt: skip
-            weight = load_weight(weight_ptr, c, k, LENGTH, C, pitch)
+            weight = load_weight(weight_ptr, c, k, LENGTH, C)
             total = tl.dot(x, weight, total, input_precision=PRECISION)
         total += tl.load(bias_ptr + first + c, mask=c < LENGTH, other=0.0)[None, :]
+        return tl.where(inside, total, 0.0)
     else:
-        total = mean(
+        return mean(
             x_ptr, n, first + c, inside, stride_n, stride_c, stride_t, terms, scale,
             BLOCK, BLOCK_C, BLOCK_T,
         )  # fmt: skip
-    if POSITION:
-        at = position_ptr + n[:, None] * (2 * keys) + first + c[None, :]
-        total += tl.load(at, mask=inside, other=0.0)
-    return tl.where(inside, total, 0.0)
 
 
-@triton.jit(do_not_specialize=["H", "W", "programs", "heads", "scale", "slope"])
+@triton.jit
+def position(position_ptr, first, n, N, keys, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The position table of queries or keys at the positions n, as (n, channel)."""
+    d = tl.arange(0, BLOCK_D)
+    at = position_ptr + n[:, None] * (2 * keys) + first + d[None, :]
+    return tl.load(at, mask=(n < N)[:, None] & (d < D)[None, :], other=0.0)
+
+
+_RUNTIME = ["H", "W", "row_parts", "column_parts", "programs", "rows", "heads", "scale", "slope"]
+
+
+@triton.jit(do_not_specialize=_RUNTIME)
 def attend_kernel(
-    row_ptr, column_ptr, weight_ptr, bias_ptr, position_ptr, out_ptr, H, W, C, programs, heads,
-    row_b, row_n, row_c, row_t, row_terms, row_scale,
-    column_b, column_n, column_c, column_t, column_terms, column_scale,
-    rows, pitch, out_pitch, scale, slope, D: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
+    row_ptr, column_ptr, weight_ptr, bias_ptr, position_ptr, out_ptr, H, W, C,
+    row_parts, column_parts, programs, rows, heads, scale, slope,
+    D: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, DIRECT: tl.constexpr,
     PROJECT: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``act(o)`` of both axes: ``(B*H, DH)``, then ``(B*W, DH)``, rows ``out_pitch`` apart."""
+    """``act(o)`` of both axes: ``(B*H, DH)``, then ``(B*W, DH)``.
+
+    DIRECT: both pointers are the projected map (B, H, W, C). Otherwise they are means in parts,
+    (B, C, H, row_parts) and (B, C, W, column_parts), of x where PROJECT, else of the map.
+    """
     pid = tl.program_id(0)
     keys = heads * D
-    if pid < programs:
-        x_ptr, N, terms, factor = row_ptr, H, row_terms, row_scale
-        stride_b, stride_n, stride_c, stride_t = row_b, row_n, row_c, row_t
+    on_rows = pid < programs
+    if on_rows:
+        x_ptr, N, across, parts = row_ptr, H, W, row_parts
     else:
-        x_ptr, N, terms, factor = column_ptr, W, column_terms, column_scale
-        stride_b, stride_n, stride_c, stride_t = column_b, column_n, column_c, column_t
+        x_ptr, N, across, parts = column_ptr, W, H, column_parts
         position_ptr += H * 2 * keys
-        out_ptr += rows * out_pitch
+        out_ptr += rows * padded(heads * E)
         pid -= programs
     b, head, i = owned(pid, N, heads, BLOCK)
-    x_ptr += b * stride_b
+    if DIRECT:
+        x_ptr += b * H * W * C
+        stride_n, stride_c, stride_t = tl.where(on_rows, W, 1) * C, 1, tl.where(on_rows, 1, W) * C
+        terms, factor = across, 1.0 / across
+    else:
+        x_ptr += b * C * N * parts
+        stride_n, stride_c, stride_t = parts, N * parts, 1
+        terms, factor = parts, 1.0
     q = vectors(
-        x_ptr, weight_ptr, bias_ptr, position_ptr, head * D, i, N, C, pitch, keys,
-        stride_n, stride_c, stride_t, terms, factor, D, BLOCK, BLOCK_D, BLOCK_T, BLOCK_K,
-        PROJECT, PRECISION, True,
-    ) * (scale * _LOG2E)  # fmt: skip
+        x_ptr, weight_ptr, bias_ptr, head * D, i, N, C, stride_n, stride_c, stride_t, terms, factor,
+        D, BLOCK, BLOCK_D, BLOCK_T, BLOCK_K, PROJECT, PRECISION,
+    )  # fmt: skip
+    q = (q + position(position_ptr, head * D, i, N, keys, D, BLOCK_D)) * (scale * _LOG2E)
     largest = tl.full([BLOCK], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     out = tl.zeros([BLOCK, BLOCK_E], tl.float32)
     for start in range(0, N, BLOCK):
         j = start + tl.arange(0, BLOCK)
         k = vectors(
-            x_ptr, weight_ptr, bias_ptr, position_ptr, keys + head * D, j, N, C, pitch, keys,
-            stride_n, stride_c, stride_t, terms, factor, D, BLOCK, BLOCK_D, BLOCK_T, BLOCK_K,
-            PROJECT, PRECISION, True,
+            x_ptr, weight_ptr, bias_ptr, keys + head * D, j, N, C,
+            stride_n, stride_c, stride_t, terms, factor,
+            D, BLOCK, BLOCK_D, BLOCK_T, BLOCK_K, PROJECT, PRECISION,
         )  # fmt: skip
+        k += position(position_ptr, keys + head * D, j, N, keys, D, BLOCK_D)
         v = vectors(
-            x_ptr, weight_ptr, bias_ptr, position_ptr, 2 * keys + head * E, j, N, C, pitch, keys,
-            stride_n, stride_c, stride_t, terms, factor, E, BLOCK, BLOCK_E, BLOCK_T, BLOCK_K,
-            PROJECT, PRECISION, False,
+            x_ptr, weight_ptr, bias_ptr, 2 * keys + head * E, j, N, C,
+            stride_n, stride_c, stride_t, terms, factor,
+            E, BLOCK, BLOCK_E, BLOCK_T, BLOCK_K, PROJECT, PRECISION,
         )  # fmt: skip
         s = scores(q, tl.trans(k), j, N, PRECISION)
         p, shrink, largest, total = online(s, largest, total)
         out = out * shrink[:, None] + tl.dot(p, v, input_precision=PRECISION)
     out = activate(out / total[:, None], slope, ACTIVATION)
     e = tl.arange(0, BLOCK_E)
-    at = out_ptr + (b * N + i)[:, None] * out_pitch + head * E + e[None, :]
+    at = out_ptr + (b * N + i)[:, None] * padded(heads * E) + head * E + e[None, :]
     inside = (i < N)[:, None] & (e < E)[None, :]
     tl.store(at, rounded(out, out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows", "columns", "programs"])
 def encode_kernel(
-    x_ptr, weight_ptr, bias_ptr, out_ptr, rows, columns, programs, N, pitch,
+    x_ptr, weight_ptr, bias_ptr, out_ptr, rows, columns, programs, N,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``out = We x + b`` of the positions on the rows, then of those on the columns.
 
-    A program owns BLOCK_M positions of one axis and BLOCK_N channels; pitches are all the same.
+    A program owns BLOCK_M positions of one axis and BLOCK_N channels.
     """
     pid = tl.program_id(0)
-    length = rows
+    pitch, length = padded(N), rows
     if pid >= programs:
         pid -= programs
         length = columns
@@ -247,7 +270,7 @@ def encode_kernel(
         x = tl.load(
             x_ptr + at + k[None, :], mask=(m < length)[:, None] & (k < N)[None, :], other=0.0
         )
-        total = product(x, load_weight(weight_ptr, n, k, N, N, pitch), total, PRECISION)
+        total = product(x, load_weight(weight_ptr, n, k, N, N), total, PRECISION)
     total += tl.load(bias_ptr + n, mask=n < N, other=0.0)[None, :]
     inside = (m < length)[:, None] & (n < N)[None, :]
     tl.store(out_ptr + at + n[None, :], rounded(total, out_ptr.dtype.element_ty), mask=inside)
@@ -256,14 +279,15 @@ def encode_kernel(
 @triton.jit(do_not_specialize=["H", "slope"])
 def finish_kernel(
     map_ptr, axis_ptr, dw_weight_ptr, dw_bias_ptr, pw_weight_ptr, pw_bias_ptr, proj_weight_ptr,
-    proj_bias_ptr, out_ptr, pixels, image, H, W, C, N, VALUES, first, axis_pitch, columns,
+    proj_bias_ptr, out_ptr, pixels, image, H, W, C, N, VALUES, first, rows,
     out_b, out_c, out_p, slope,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     ACTIVATION: tl.constexpr, HARD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The result from the projected map ``(pixels, N)`` and the encoded axes.
 
-    ``first``: the first channel of v in the map; ``columns``: where the column vectors begin.
+    ``first``: the first channel of v in the map; ``rows``: how many row vectors come before those
+    of the columns.
     """
     p, c = block_of(tl.program_id(0), C, BLOCK_M, BLOCK_N)
     b, at = p // image, p % image
@@ -288,10 +312,10 @@ def finish_kernel(
                 weight = tl.load(dw_weight_ptr + (3 * di + dj) * N + n, mask=in_n, other=0.0)
                 z += x.to(tl.float32) * weight[None, :]
         z = rounded(activate(z, slope, ACTIVATION), out_ptr.dtype.element_ty)
-        detail = product(z, load_weight(pw_weight_ptr, c, n, C, N, N), detail, PRECISION)
+        detail = product(z, load_weight(pw_weight_ptr, c, n, C, N), detail, PRECISION)
 
-    row_ptr = axis_ptr + (b * H + h).to(tl.int64)[:, None] * axis_pitch
-    column_ptr = axis_ptr + columns * axis_pitch + (b * W + w).to(tl.int64)[:, None] * axis_pitch
+    row_ptr = axis_ptr + (b * H + h).to(tl.int64)[:, None] * padded(VALUES)
+    column_ptr = axis_ptr + (rows + b * W + w).to(tl.int64)[:, None] * padded(VALUES)
     weight = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in tl.range(0, VALUES, BLOCK_K, num_stages=2):
         n = start + tl.arange(0, BLOCK_K)
@@ -300,8 +324,7 @@ def finish_kernel(
         row = tl.load(row_ptr + n[None, :], mask=inside, other=0.0).to(tl.float32)
         column = tl.load(column_ptr + n[None, :], mask=inside, other=0.0).to(tl.float32)
         z = rounded(activate(v + (row + column), slope, ACTIVATION), out_ptr.dtype.element_ty)
-        proj = load_weight(proj_weight_ptr, c, n, C, VALUES, axis_pitch)
-        weight = product(z, proj, weight, PRECISION)
+        weight = product(z, load_weight(proj_weight_ptr, c, n, C, VALUES), weight, PRECISION)
 
     in_c = c < C
     detail += tl.load(pw_bias_ptr + c, mask=in_c, other=0.0)[None, :]
@@ -344,18 +367,20 @@ class Tile(NamedTuple):
     def programs(self, m: int, n: int) -> int:
         return triton.cdiv(m, self.m) * triton.cdiv(n, self.n)
 
-    def constants(self) -> dict[str, int]:
+    def constants(self, x: Tensor) -> dict[str, int]:
+        """Of a kernel; the smallest tiles are for maps with fewer of them than fill a GPU."""
         return {
             "BLOCK_M": self.m, "BLOCK_N": self.n, "BLOCK_K": self.k, "num_warps": self.warps,
+            **(all_registers(x) if self.m == 16 else {}),
         }  # fmt: skip
 
 
 # From the best reuse to the most programs: in half precision or TF32, and in exact float32, whose
 # products keep whole rows of both factors in registers.
-_PRODUCT = ((128, 128, 64, 8), (64, 128, 64, 4), (64, 64, 64, 4), (32, 64, 64, 4), (32, 32, 64, 4))
+_PRODUCT = ((128, 128, 64, 8), (64, 128, 64, 8), (64, 64, 64, 4), (32, 64, 64, 4), (32, 32, 64, 4))
 _PRODUCT += ((16, 32, 64, 4),)
-_FINISH = ((64, 256, 32, 8), (64, 128, 32, 8), (64, 64, 32, 4), (32, 64, 64, 4), (16, 64, 128, 4))
-_FINISH += ((16, 32, 128, 4), (16, 16, 128, 4))
+_FINISH = ((64, 128, 32, 8), (64, 64, 32, 8), (32, 64, 64, 4), (16, 64, 64, 4), (16, 32, 128, 8))
+_FINISH += ((16, 16, 128, 8),)
 _EXACT = ((64, 64, 16, 8), (32, 64, 16, 4), (32, 32, 16, 4), (16, 32, 32, 4), (16, 16, 32, 4))
 
 
@@ -388,40 +413,21 @@ def attend_block(n: int) -> tuple[int, int]:
 
 
 def carve(x: Tensor, *sizes: int) -> tuple[Tensor, ...]:
-    """Uninitialised tensors of so many elements of x's dtype, multiples of 16, in one allocation."""
+    """Uninitialised tensors of x's dtype in one allocation; sizes are multiples of 16."""
     return x.new_empty(sum(sizes)).split(sizes)
 
 
-class Axis(NamedTuple):
-    """The terms of the means along an axis: ``scale * sum_t x[b, n, c, t]``."""
-
-    x: Tensor
-    strides: tuple[int, int, int, int]
-    terms: int
-    scale: float
-
-
-def _of_map(qkv: Tensor, h: int, w: int, projected: int) -> tuple[Axis, Axis]:
-    """The projected map, pixel by pixel."""
-    image, line = h * w * projected, w * projected
-    row = Axis(qkv, (image, line, 1, projected), w, 1 / w)
-    return row, Axis(qkv, (image, projected, 1, line), h, 1 / h)
-
-
-def _of_sums(x: Tensor, cut: squeeze.Cut, scratch: Tensor) -> tuple[Axis, Axis]:
-    """The means of a map, those of several strips and bands in parts, written into ``scratch``."""
+def _means(x: Tensor, cut: squeeze.Cut, scratch: Tensor) -> tuple[Tensor, Tensor]:
+    """Of rows and columns, written into ``scratch``: those of several strips and bands in parts."""
     b, c, h, w = x.shape
     size = b * c * h * cut.strips
     row, column = scratch[:size], scratch[size:]
     squeeze.sums(x, cut, row, column, 1 / w, 1 / h)
-    return tuple(
-        Axis(sums, (c * n * parts, parts, n * parts, 1), parts, 1.0)
-        for sums, n, parts in ((row, h, cut.strips), (column, w, cut.bands))
-    )
+    return row, column
 
 
 def _scratch_size(shape: Sequence[int], cut: squeeze.Cut, dtype: torch.dtype) -> int:
-    """Elements of ``dtype`` that hold the float32 of :func:`_of_sums`."""
+    """Elements of ``dtype`` that hold the float32 of :func:`_means`."""
     b, c, h, w = shape
     sums = b * c * (h * cut.strips + w * cut.bands)
     return triton.cdiv(sums * 4 // dtype.itemsize, 16) * 16
@@ -461,24 +467,21 @@ def sea_attention(
         launch(
             project_kernel, block.programs(pixels, projected),
             x, qkv_weight, qkv_bias, qkv, pixels, h * w, c, projected,
-            x.stride(0), x.stride(1), _pixel_stride(x), qkv_weight.shape[1], projected,
-            PRECISION=of_maps, **block.constants(),
+            x.stride(0), x.stride(1), _pixel_stride(x), PRECISION=of_maps, **block.constants(x),
         )  # fmt: skip
 
-    def attend(row: Axis, column: Axis, attended: Tensor) -> None:
-        block_d, block_e = power_of_2(key_dim, least=16), power_of_2(value_dim, least=16)
+    def attend(row: Tensor, column: Tensor, attended: Tensor, strips: int, bands: int) -> None:
         block, warps = attend_block(max(h, w))
         programs, others = (b * heads * triton.cdiv(n, block) for n in (h, w))
         launch(
             attend_kernel, programs + others,
-            row.x, column.x, axis_weight, qkv_bias, position, attended,
-            h, w, c, programs, heads, *row.strides, row.terms, row.scale,
-            *column.strides, column.terms, column.scale,
-            rows, axis_weight.shape[1], pitch, key_dim**-0.5, negative_slope,
-            D=key_dim, E=value_dim, BLOCK=block, BLOCK_D=block_d, BLOCK_E=block_e,
-            BLOCK_T=8 if way == "direct" else 1, BLOCK_K=32, PROJECT=way == "projected",
-            ACTIVATION=activation, PRECISION=of_axes, num_warps=warps, num_stages=1,
-            **all_registers(x),
+            row, column, axis_weight, qkv_bias, position, attended, h, w,
+            c if way == "projected" else projected, strips, bands, programs, rows, heads,
+            key_dim**-0.5, negative_slope,
+            D=key_dim, E=value_dim, BLOCK=block, BLOCK_D=power_of_2(key_dim, least=16),
+            BLOCK_E=power_of_2(value_dim, least=16), BLOCK_T=8 if way == "direct" else 1,
+            BLOCK_K=32, DIRECT=way == "direct", PROJECT=way == "projected", ACTIVATION=activation,
+            PRECISION=of_axes, num_warps=warps, num_stages=1, **all_registers(x),
         )  # fmt: skip
 
     def encode(attended: Tensor, encoded: Tensor) -> None:
@@ -486,8 +489,8 @@ def sea_attention(
         programs, others = (block.programs(m, values) for m in (rows, columns))
         launch(
             encode_kernel, programs + others,
-            attended, encode_weight, encode_bias, encoded, rows, columns, programs, values, pitch,
-            PRECISION=of_maps, **block.constants(),
+            attended, encode_weight, encode_bias, encoded, rows, columns, programs, values,
+            PRECISION=of_maps, **block.constants(x),
         )  # fmt: skip
 
     def finish(qkv: Tensor, encoded: Tensor) -> None:
@@ -495,32 +498,33 @@ def sea_attention(
         launch(
             finish_kernel, block.programs(pixels, c),
             qkv, encoded, dw_weight, dw_bias, pw_weight, pw_bias, proj_weight, proj_bias, out,
-            pixels, h * w, h, w, c, projected, values, 2 * heads * key_dim, pitch, rows,
+            pixels, h * w, h, w, c, projected, values, 2 * heads * key_dim, rows,
             out.stride(0), out.stride(1), _pixel_stride(out), negative_slope,
-            ACTIVATION=activation, HARD=hard, PRECISION=of_maps, **block.constants(),
+            ACTIVATION=activation, HARD=hard, PRECISION=of_maps, **block.constants(x),
         )  # fmt: skip
 
     map_size, axis_size = pixels * projected, (rows + columns) * pitch
     if way == "direct":
         qkv, attended, encoded = carve(x, map_size, axis_size, axis_size)
         project(qkv)
-        attend(*_of_map(qkv, h, w, projected), attended)
+        attend(qkv, qkv, attended, 1, 1)
         encode(attended, encoded)
     elif way == "squeezed":
         shape, strides = (b, projected, h, w), (h * w * projected, 1, w * projected, projected)
         cut = squeeze.cut(shape, True, x.device)
-        sizes = (map_size, axis_size, axis_size, _scratch_size(shape, cut, x.dtype))
-        qkv, attended, encoded, scratch = carve(x, *sizes)
+        size = _scratch_size(shape, cut, x.dtype)
+        qkv, attended, encoded, scratch = carve(x, map_size, axis_size, axis_size, size)
         project(qkv)
-        scratch = scratch.view(torch.float32)
-        attend(*_of_sums(qkv.as_strided(shape, strides), cut, scratch), attended)
+        means = _means(qkv.as_strided(shape, strides), cut, scratch.view(torch.float32))
+        attend(*means, attended, cut.strips, cut.bands)
         encode(attended, encoded)
     else:
         cut = squeeze.cut(x.shape, squeeze.by_channels(x), x.device)
         dead = axis_size + _scratch_size(x.shape, cut, x.dtype)
         qkv, encoded = carve(x, max(map_size, dead), axis_size)
-        attended = qkv[:axis_size]
-        attend(*_of_sums(x, cut, qkv[axis_size:dead].view(torch.float32)), attended)
+        attended, scratch = qkv[:axis_size], qkv[axis_size:dead]
+        means = _means(x, cut, scratch.view(torch.float32))
+        attend(*means, attended, cut.strips, cut.bands)
         encode(attended, encoded)
         project(qkv)
     finish(qkv, encoded)

@@ -46,8 +46,8 @@ def capability(device: torch.device) -> tuple[int, int]:
 
 
 def all_registers(x: Tensor) -> dict[str, int]:
-    """The option by which an assembler does not spill to fit one more program into a multiprocessor,
-    for kernels whose programs are few."""
+    """The option that keeps an assembler from spilling to fit one more program into a
+    multiprocessor, for kernels whose programs are few."""
     return {"maxnreg": 255} if capability(x.device) > (0, 0) else {}
 
 
