@@ -24,6 +24,8 @@ from bench.plot import plot
 from seaattn_kernels.budget import SEEDS
 
 SCRATCH = Path("out/bench")
+#: Whose stages are listed where several targets are compiled.
+STAGES_TARGET = "sm_90"
 LEGEND = (
     "interval: 95 % of the median. limit: time over the limit (bench/limit.py): 1 is at it.\n"
     "error: root mean square against float64, eager's in brackets."
@@ -191,22 +193,33 @@ def static(arguments: argparse.Namespace) -> int:
     """Print the table; non-zero where a kernel does not compile, spills or needs too much."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("TRITON_INTERPRET=1 interprets kernels: unset it to compile them")
-    from bench import static
+    from bench import stages, static
 
     for given, known in (
         (arguments.targets, tuple(static.TARGETS)), (arguments.kernels, static.kernel_names()),
     ):  # fmt: skip
         if unknown := set(given or ()) - set(known):
             sys.exit(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    names = arguments.targets or list(static.TARGETS)
     rows = static.compile_all(
-        arguments.targets or list(static.TARGETS),
+        names,
         arguments.kernels,
         list(static.TARGETS) if arguments.all else static.FULL,
         arguments.processes,
     )
     print(static.table(rows))
+    document = results.document(map(asdict, rows), torch.device("cpu"))
+    if not arguments.kernels:
+        target = static.TARGETS[STAGES_TARGET if STAGES_TARGET in names else names[0]]
+        found = stages.stages(target)
+        document["stages"] = stages.as_data(found)
+        print(stages.table(found))
+        print(
+            f"{target.name} ({target.card}): in exact float32 folded PyTorch is the faster from "
+            f"{stages.crossover_flops(target) / 1e9:.1f} GFLOP on, by the model"
+        )
     if arguments.out:
-        results.write(arguments.out, results.document(map(asdict, rows), torch.device("cpu")))
+        results.write(arguments.out, document)
         print(arguments.out)
     return int(any(row.wrong for row in rows) or not rows)
 

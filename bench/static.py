@@ -4,8 +4,8 @@ The launchers run on tensors without memory, before a driver that names the targ
 nothing, so that what is compiled is what they choose there: block sizes, warps, precision of
 products, alignment. Triton's cache on disk keeps the binaries by their content.
 
-    occupancy   resident warps over the most that a multiprocessor holds, bound by registers,
-                shared memory, or the number of programs
+    resident    programs that a multiprocessor holds, bound by registers, shared memory, warps
+    occupancy   their warps over the most that it holds
     bytes       every tensor of the launch once
     predicted   the larger of FLOP / rate and bytes / bandwidth, by the data sheet of one card of
                 the target; a launch comes on top
@@ -122,6 +122,7 @@ class Row:
     registers: int = 0
     spill_bytes: int = 0
     shared: int = 0
+    resident: int = 0
     occupancy: float = 0.0
     example: str = ""
     flops: int = 0
@@ -402,22 +403,31 @@ def _examples_of_blocks(dtypes: Sequence[torch.dtype]) -> Iterator[tuple[str, Ca
         yield "1x192x32x32 NCHW", call
 
 
+@contextmanager
+def float32_products(precision: str) -> Iterator[None]:
+    """``"ieee"`` or ``"tf32"``, for matrix products and convolutions."""
+    switches = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    before = [switch.fp32_precision for switch in switches]
+    try:
+        for switch in switches:
+            switch.fp32_precision = precision
+        yield
+    finally:
+        for switch, old in zip(switches, before, strict=True):
+            switch.fp32_precision = old
+
+
 def launches(target: Target, brief: bool = False) -> list[Launch]:
     """What the launchers choose on a target; ``brief``: the first configuration of each kernel."""
     found: dict[str, Launch] = {}
     example = [""]
     dtypes = DTYPES if target.capability != (7, 5) else DTYPES[:2]
-    matmul, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn.conv
-    switches = matmul.fp32_precision, convolutions.fp32_precision
-    try:
-        with recorded(target, lambda one: found.setdefault(one.kernel + one.data, one), example):
-            for name, call in _examples(dtypes):
-                example[0] = name
-                for matmul.fp32_precision in ("ieee", "tf32"):
-                    convolutions.fp32_precision = matmul.fp32_precision
+    with recorded(target, lambda one: found.setdefault(one.kernel + one.data, one), example):
+        for name, call in _examples(dtypes):
+            example[0] = name
+            for precision in ("ieee", "tf32"):
+                with float32_products(precision):
                     call()
-    finally:
-        matmul.fp32_precision, convolutions.fp32_precision = switches
     if not brief:
         return list(found.values())
     first: dict[str, Launch] = {}
@@ -426,11 +436,11 @@ def launches(target: Target, brief: bool = False) -> list[Launch]:
     return list(first.values())
 
 
-def predicted_us(launched: Launch) -> float:
-    """The larger of the time of the products and that of the bytes, without the launch."""
+def bounds_us(launched: Launch) -> tuple[float, float]:
+    """The time of the products and that of the bytes, at the rates of the card."""
     target = TARGETS[launched.target]
     rate = target.tf32 / 3 if launched.rate == "tf32x3" else getattr(target, launched.rate)
-    return max(launched.flops / (rate * 1e6), launched.bytes / (target.gbytes * 1e3))
+    return launched.flops / (rate * 1e6), launched.bytes / (target.gbytes * 1e3)
 
 
 # --- the binaries ----------------------------------------------------------------------------
@@ -462,8 +472,9 @@ def compiled(launched: Launch) -> Row:
         row.registers, row.spill_bytes = _nvidia_resources(found.asm["cubin"])
     else:
         row.registers, row.spill_bytes = _amd_resources(found.asm["amdgcn"])
-    row.occupancy = occupancy(target, row.registers, row.shared, warps)
-    row.predicted_us = predicted_us(launched)
+    row.resident = resident(target, row.registers, row.shared, warps)
+    row.occupancy = row.resident * warps / target.warps
+    row.predicted_us = max(bounds_us(launched))
     if row.shared > target.shared_program:
         row.wrong = f"needs {row.shared} bytes of shared memory of {target.shared_program}"
     elif row.spill_bytes and target.strict:
@@ -494,8 +505,8 @@ def _amd_resources(assembly: str) -> tuple[int, int]:
     return read("vgpr_count"), read("private_segment_fixed_size")
 
 
-def occupancy(target: Target, registers: int, shared: int, warps: int) -> float:
-    """Resident warps over the most that a multiprocessor (of AMD: a compute unit) holds."""
+def resident(target: Target, registers: int, shared: int, warps: int) -> int:
+    """How many programs a multiprocessor (of AMD: a compute unit) holds."""
     if target.triton.backend == "cuda":
         # 65536 registers, given to warps by 256; the system takes 1 KiB of shared memory a program.
         fit = 65536 // (-(-registers * 32 // 256) * 256) // warps
@@ -506,7 +517,7 @@ def occupancy(target: Target, registers: int, shared: int, warps: int) -> float:
         reserved = 0
     if shared:
         fit = min(fit, target.shared // (shared + reserved))
-    return min(fit, target.programs, target.warps // warps) * warps / target.warps
+    return min(fit, target.programs, target.warps // warps)
 
 
 # --- the table -------------------------------------------------------------------------------
@@ -550,6 +561,11 @@ def compile_all(
         for launched in launches(TARGETS[name], brief=name not in full)
         if kernels is None or launched.kernel in kernels
     ]
+    return compiled_in_parallel(wanted, processes)
+
+
+def compiled_in_parallel(wanted: Sequence[Launch], processes: int | None = None) -> list[Row]:
+    """:func:`compiled` of each, in processes of their own: this one goes on to record."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes or os.cpu_count(), context) as pool:
         rows = pool.map(compiled, wanted, chunksize=4)

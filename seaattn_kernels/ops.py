@@ -35,6 +35,7 @@ from seaattn_kernels.checks import (
     describe,
     unify,
 )
+from seaattn_kernels.crossover import EXACT_FLOAT32_FLOPS
 from seaattn_kernels.overloads import OPERATORS, OVERLOADS, REFERENCE
 
 #: The overload that takes packed weights.
@@ -75,14 +76,17 @@ def _flops_axial_attention_pair_backward(row_gradient, column_gradient, *rest, *
 
 
 def _flops_sea_attention(x, weights, heads, key_dim, *args, **kwargs) -> int:
+    return _flops_of_block(x, heads * key_dim, weights[7][-1])
+
+
+def _flops_of_block(x, keys: int, values: int) -> int:
     b, c, h, w = x
-    values = weights[7][-1]
-    projected = 2 * heads * key_dim + values
+    projected = 2 * keys + values
     pixel = c * projected + 9 * projected + projected * c + values * c
     axis = values * values
     if reference.squeeze_first(h, w):
         axis += c * projected
-    attention = (heads * key_dim + values) * (h * h + w * w)
+    attention = (keys + values) * (h * h + w * w)
     return 2 * b * (h * w * pixel + (h + w) * axis + attention)
 
 
@@ -181,6 +185,25 @@ def _preferred(operator: str, device: torch.device) -> tuple[str, str | None]:
     candidates = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}.get(device.type, ())
     able = [backend for backend in candidates if operator in OPERATORS[backend]]
     return (able[0] if able else "reference"), None
+
+
+def _exact_convolutions() -> bool:
+    """Whether PyTorch keeps float32 convolutions off TF32."""
+    return torch.backends.cudnn.conv.fp32_precision != "tf32"
+
+
+_exact_convolutions._dynamo_marked_constant = True
+
+
+def _folded_is_faster(x: Tensor, folded) -> bool:
+    """Whether "auto" leaves a block on a GPU to folded PyTorch, by :mod:`crossover`."""
+    if x.dtype is not torch.float32 or x.device.type != "cuda" or torch.version.hip is not None:
+        return False
+    most = EXACT_FLOAT32_FLOPS.get(_capability(x.device))
+    if most is None or not _exact_convolutions():
+        return False
+    keys, values = folded.heads * folded.key_dim, folded.heads * folded.value_dim
+    return _flops_of_block(x.shape, keys, values) > most
 
 
 def transformed() -> bool:
@@ -425,8 +448,12 @@ def sea_attention(x: Tensor, folded, backend: str = "auto") -> Tensor:
     """The whole block in eval mode from folded weights (arXiv 2301.13156, section 3.2).
 
     ``out = sigmoid(proj(act(v + row + column))) * pwconv(act(dwconv(qkv)))``, the axis vectors
-    taken from the means of x, or of the projected map where that is cheaper. No autograd: for
-    gradients call the module.
+    taken from the means of x, or of the projected map where that is cheaper. Products accumulate in
+    float32 at least. No autograd: for gradients call the module.
+
+    On a GPU "auto" is the fused block, four or five launches of Triton, and folded PyTorch where
+    :mod:`crossover` expects that to be faster. Its products take float32 as convolutions do, by
+    ``torch.backends.cudnn.conv.fp32_precision``; along an axis by that of ``cuda.matmul``.
 
     Args:
         x: ``(B, C, H, W)``, C as the block was made for.
@@ -449,6 +476,8 @@ def sea_attention(x: Tensor, folded, backend: str = "auto") -> Tensor:
     target = autocast_dtype(x.device)
     if target is not None and x.dtype is not torch.float64:
         x = x.to(target)
+    if backend == _AUTO == "auto" and _folded_is_faster(x, folded):
+        backend = "reference"
     head = folded.key_dim, folded.value_dim
     overload = _overload("sea_attention", backend, x, head)
     with autocast_off(x.device):

@@ -68,12 +68,12 @@ def _settle(row: Row, parts: Anatomy, backend: str) -> None:
     """The backend of the whole block, on the device where it is."""
     weight = parts.convolutions[0].conv.weight
     device, dtype = weight.device, weight.dtype
+    head = parts.key_dim, parts.value_dim
     if backend == "auto":
-        row.backend, row.reason = ops.settle("sea_attention", backend, device, dtype)
+        row.backend, row.reason = ops.settle("sea_attention", backend, device, dtype, head)
         return
     row.backend, row.reason = backend, None
-    refused = ops.refusal("sea_attention", backend, device, dtype)
-    head = parts.key_dim, parts.value_dim
+    refused = ops.refusal("sea_attention", backend, device, dtype, head)
     for operator in _TRAINING_OPERATORS:
         if refused and (reason := ops.refusal(operator, backend, device, dtype, head)):
             name = row.name or "the model"

@@ -10,7 +10,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "seaattn_kernels"
 #: What each file may import of the package. Who is not listed imports nothing of it.
 DOWNWARD = {
-    "__init__": {"ops", "module", "patch"},
+    "__init__": {"graphs", "ops", "module", "patch"},
+    "graphs": {"checks"},
     "__main__": {"", "locate", "native", "ops", "patch", "verify"},
     "locate": {"seaformer"},
     "verify": {"budget", "ops", "reference", "seaformer", "module"},
@@ -21,7 +22,7 @@ DOWNWARD = {
     "fold": {"anatomy", "reference"},
     "anatomy": {"layers"},
     "report": {"budget"},
-    "ops": {"checks", "native", "overloads", "reference"},
+    "ops": {"checks", "crossover", "native", "overloads", "reference"},
     "overloads": {"kernels", "reference"},
     "checks": {"reference"},
 }

@@ -111,15 +111,15 @@ def test_maps_move_in_vectors_of_sixteen_bytes():
     }
 
 
-def test_occupancy():
+def test_resident_programs():
     sm_80, sm_90, gfx942 = (static.TARGETS[name] for name in ("sm_80", "sm_90", "gfx942"))
-    assert static.occupancy(sm_80, 32, 0, 8) == 1
-    assert static.occupancy(sm_80, 128, 0, 8) == 0.25
-    assert static.occupancy(sm_80, 255, 0, 8) == 0.125
-    assert static.occupancy(sm_80, 32, 40 * 1024, 8) == 0.5
-    assert static.occupancy(sm_90, 32, 0, 1) == 0.5  # 32 programs of one warp
-    assert static.occupancy(gfx942, 64, 0, 8) == 1
-    assert static.occupancy(gfx942, 256, 0, 4) == 0.25
+    assert static.resident(sm_80, 32, 0, 8) == 8
+    assert static.resident(sm_80, 128, 0, 8) == 2
+    assert static.resident(sm_80, 255, 0, 8) == 1
+    assert static.resident(sm_80, 32, 40 * 1024, 8) == 4
+    assert static.resident(sm_90, 32, 0, 1) == 32  # of one warp
+    assert static.resident(gfx942, 64, 0, 8) == 4
+    assert static.resident(gfx942, 256, 0, 4) == 2
 
 
 def test_targets_are_those_promised():
