@@ -118,7 +118,7 @@ def golden_errors(golden: Golden, backend: str = "auto", device: str = "cpu") ->
     if golden.meta["kind"] != "sea_attention":
         model = golden.model(backend).to(device).eval()
         with torch.no_grad():
-            found = _stage_outputs(model, golden.random("x").to(device))
+            found = stage_outputs(model, golden.random("x").to(device))
         return {name: golden.error(name, found[name]) for name in golden.arrays}
     errors: dict[str, float] = {}
     for mode in ("eval", "train"):
@@ -139,7 +139,7 @@ def golden_errors(golden: Golden, backend: str = "auto", device: str = "cpu") ->
     return errors
 
 
-def _stage_outputs(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+def stage_outputs(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     handles = [
         layer.register_forward_hook(lambda _, __, out, name=name: found.update({name: out}))

@@ -93,6 +93,40 @@ def test_weights_are_cast_once_and_biases_stay_wide():
     assert cached(make(torch.float64)).dtype is torch.float64
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_packed_weights_are_the_plain_ones_beside_zeros(dtype):
+    block = verify.randomise(SeaAttention(33, 5, 3, attn_ratio=1.5)).eval()
+    folded = cached(block)
+    plain = folded.weights(dtype, 6, 7)
+    packed = folded.weights(dtype, 6, 7, packed=True)
+    dh, c = 21, 33  # and NQ = 51
+    assert {name: tuple(t.shape) for name, t in packed._asdict().items()} == {
+        "qkv_weight": (64, 48), "qkv_bias": (64,), "dw_weight": (9, 64), "dw_bias": (64,),
+        "pw_weight": (c, 64), "pw_bias": (c,), "encode_weight": (2, dh, 32),
+        "encode_bias": (2, dh), "proj_weight": (c, 32), "proj_bias": (c,),
+        "axis_weight": (64, 48), "position": (13, 30),
+    }  # fmt: skip
+    assert all(t.is_contiguous() for t in packed)
+    pairs = {
+        "qkv_weight": plain.qkv_weight, "qkv_bias": plain.qkv_bias,
+        "dw_weight": folded.convolutions[2].flatten(1).t(), "dw_bias": plain.dw_bias,
+        "pw_weight": plain.pw_weight, "pw_bias": plain.pw_bias,
+        "encode_weight": torch.stack([plain.row_weight, plain.column_weight]),
+        "encode_bias": torch.stack([plain.row_bias, plain.column_bias]),
+        "proj_weight": plain.proj_weight, "proj_bias": plain.proj_bias,
+        "axis_weight": folded.convolutions[0], "position": plain.position.t(),
+    }  # fmt: skip
+    for name, expected in pairs.items():
+        found = getattr(packed, name)
+        assert found.dtype is expected.dtype, name
+        inside = tuple(slice(n) for n in expected.shape)
+        assert torch.equal(found[inside], expected), name
+        assert found.count_nonzero() == expected.count_nonzero(), name
+    assert folded.weights(dtype, 6, 7, packed=True) is packed
+    assert folded.weights(dtype, 6, 7) is plain
+    assert folded.weights(dtype, 9, 5, packed=True).pw_weight is packed.pw_weight
+
+
 def test_shapes():
     block = SeaAttention(12, 4, 2, attn_ratio=1.5).eval()
     weights = fold.fold(dissect(block)).weights(torch.float32, 6, 7)

@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 
-from seaattn_kernels import SeaAttention, ops, reference, verify
+from seaattn_kernels import SeaAttention, graphed, ops, reference, verify
 from seaattn_kernels.kernels import launch
 
 pytestmark = pytest.mark.gpu
@@ -183,6 +183,127 @@ def test_products_follow_the_switch_of_tf32(monkeypatch):
     assert 2e-5 < errors["tf32"] < 5e-3
 
 
+# --- the whole block -------------------------------------------------------------------------
+
+#: Maps that take each of the three ways to the axis vectors.
+MAPS = {
+    "direct": (torch.float16, (1, 128, 16, 16)),
+    "squeezed": (torch.float32, (2, 128, 40, 33)),
+    "projected": (torch.float16, (4, 128, 64, 80)),
+}
+
+
+def block_and_map(way):
+    dtype, shape = MAPS[way]
+    block = verify.randomise(SeaAttention(128, 16, 4, backend="triton")).cuda().to(dtype).eval()
+    return block, torch.randn(shape, device="cuda", dtype=dtype)
+
+
+@pytest.mark.parametrize("way", MAPS)
+def test_block_is_at_most_five_kernels(way):
+    block, x = block_and_map(way)
+    with torch.no_grad():
+        block(x)
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            block(x)
+            torch.cuda.synchronize()
+    kernels = [event.name for event in profile.events() if "kernel" in event.name.lower()]
+    assert len(kernels) == (4 if way == "direct" else 5), kernels
+
+
+@pytest.mark.parametrize("way", MAPS)
+def test_block_needs_little_memory_beside_the_map(way):
+    block, x = block_and_map(way)
+    with torch.no_grad():
+        out = block(x)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        block(x)
+        extra = torch.cuda.max_memory_allocated() - before - out.numel() * out.element_size()
+    qkv = x.numel() // 128 * 256 * x.element_size()
+    # The allocator rounds up to 512 bytes, and means of float32 maps lie beside the map.
+    assert extra <= (1.05 if way == "projected" else 2) * qkv + 1024
+
+
+@pytest.mark.parametrize("way", MAPS)
+def test_block_replays_in_a_graph(way):
+    block, x = block_and_map(way)
+    call = graphed(block, x)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        fresh = torch.randn_like(x)
+        with torch.no_grad():
+            expected = block(fresh)
+        assert torch.equal(call(fresh), expected)
+    with pytest.raises(ValueError, match="the graph was made for"):
+        call(x[:, :, 1:])
+
+
+def test_graphed_under_autocast():
+    block = verify.randomise(SeaAttention(128, 16, 4)).cuda().eval()
+    x = torch.randn(1, 128, 16, 16, device="cuda")
+    with torch.autocast("cuda", torch.float16), torch.no_grad():
+        call = graphed(block, x)
+        assert torch.equal(call(x), block(x))
+
+
+@pytest.mark.parametrize("way", MAPS)
+def test_block_gives_the_same_bits_on_any_stream(way):
+    block, x = block_and_map(way)
+    with torch.no_grad():
+        expected = block(x)
+        late = torch.full_like(x, float("nan"))
+        torch.cuda.synchronize()
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(50_000_000)
+            late.copy_(x)
+            found = block(late)
+        stream.synchronize()
+        assert torch.equal(found, expected)
+        for _ in range(5):
+            assert torch.equal(block(x), expected)
+
+
+def test_block_on_a_device_that_is_not_current():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    block, x = block_and_map("direct")
+    with torch.no_grad():
+        expected = block(x)
+        assert torch.cuda.current_device() == 0
+        found = block.to("cuda:1")(x.to("cuda:1"))
+    assert torch.equal(found.to("cuda:0"), expected)
+
+
+def test_inference_takes_the_fused_block_by_itself(monkeypatch):
+    taken = []
+    overload = ops.OVERLOADS["sea_attention"]["triton"]
+    monkeypatch.setitem(
+        ops.OVERLOADS["sea_attention"], "triton", lambda *a: taken.append(1) or overload(*a)
+    )
+    block, x = block_and_map("direct")
+    block.backend = "auto"
+    monkeypatch.setattr(ops, "_PACKED", ops.OVERLOADS["sea_attention"]["triton"])
+    with torch.no_grad():
+        block(x)
+    assert bool(taken) is (torch.cuda.get_device_capability() >= (8, 0))
+
+
+def test_products_of_maps_follow_the_switch_of_convolutions(monkeypatch):
+    block, x = block_and_map("squeezed")
+    with torch.no_grad():
+        truth = reference.sea_attention(copy.deepcopy(block).double(), x.double())
+        errors = {}
+        for switch in ("ieee", "tf32"):
+            monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", switch)
+            errors[switch] = float((block(x) - truth).norm() / truth.norm())
+    assert errors["ieee"] < 1e-5
+    assert 1e-5 < errors["tf32"] < 1e-2
+
+
 # --- past 2**31 elements ---------------------------------------------------------------------
 
 
@@ -232,3 +353,18 @@ def test_maps_past_2_to_31(huge):
     spread = torch.ops.seaattn_kernels.axial_squeeze_backward.triton(row, column, False)
     expected = row[0, -1, :, None].float() / w + column[0, -1].float() / h
     torch.testing.assert_close(spread[0, -1], expected.half(), atol=1e-6, rtol=1e-2)
+
+
+def test_block_past_2_to_31():
+    """A projected map of 2.5e9 elements."""
+    side = 3136
+    if torch.cuda.mem_get_info()[0] < 40 * 2**30:
+        pytest.skip("needs 40 GiB of GPU memory")
+    block = verify.randomise(SeaAttention(16, 16, 4, backend="triton")).cuda().half().eval()
+    x = torch.randn(1, 16, side, side, device="cuda", dtype=torch.float16)
+    assert side * side * 256 > 2**31
+    with torch.no_grad():
+        out = block(x)
+        expected = ops.sea_attention(x, block._folds.get(block), "reference")
+    torch.testing.assert_close(out[..., -64:, :], expected[..., -64:, :], atol=3e-2, rtol=3e-2)
+    torch.cuda.empty_cache()

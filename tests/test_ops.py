@@ -7,6 +7,7 @@ import threading
 import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -585,3 +586,70 @@ def test_the_capability_of_a_gpu_is_not_traced(monkeypatch):
 
     assert torch.equal(call(torch.zeros(2)), torch.ones(2))
     assert list(ops._capabilities) == [torch.device("cuda", 0)]
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU of a capability as far as the choice of a backend can see."""
+
+    def gpu(capability, precision):
+        monkeypatch.setattr(ops, "_capability", lambda device: capability)
+        monkeypatch.setattr(ops, "_exact_convolutions", lambda: precision == "ieee")
+
+    return gpu
+
+
+@pytest.mark.parametrize(
+    ("capability", "precision", "dtype", "side", "faster"),
+    [
+        ((9, 0), "ieee", torch.float32, 16, False),
+        ((9, 0), "ieee", torch.float32, 512, True),
+        ((9, 0), "tf32", torch.float32, 512, False),
+        ((9, 0), "ieee", torch.float16, 512, False),
+        ((8, 9), "ieee", torch.float32, 512, False),
+    ],
+)
+def test_crossover_to_folded_pytorch(gpu, capability, precision, dtype, side, faster):
+    gpu(capability, precision)
+    block, _ = block_and_input(channels=32)
+    with torch.no_grad():
+        folded = block._folds.get(block)
+    x = SimpleNamespace(
+        dtype=dtype, device=torch.device("cuda", 0), shape=torch.Size((8, 32, side, side))
+    )
+    assert ops._folded_is_faster(x, folded) is faster
+    x.device = torch.device("cpu")
+    assert not ops._folded_is_faster(x, folded)
+
+
+def test_crossover_is_for_auto_alone(monkeypatch):
+    """An explicit backend never gives way, nor what SEAATTN_BACKEND sets."""
+    block, x = block_and_input()
+    with torch.no_grad():
+        folded = block._folds.get(block)
+    asked = []
+    monkeypatch.setattr(ops, "_folded_is_faster", lambda *arguments: True)
+    monkeypatch.setattr(
+        ops, "choose", lambda operator, backend, *rest: asked.append(backend) or "reference"
+    )
+    ops.sea_attention(x, folded)
+    ops.sea_attention(x, folded, "triton")
+    monkeypatch.setattr(ops, "_AUTO", "triton")
+    ops.sea_attention(x, folded)
+    assert asked == ["reference", "triton", "auto"]
+
+
+def test_the_switch_of_convolutions_is_not_traced():
+    @torch.compile(fullgraph=True, backend="eager")
+    def call(x):
+        return x + 1 if ops._exact_convolutions() else x - 1
+
+    conv = torch.backends.cudnn.conv
+    before = conv.fp32_precision
+    try:
+        for precision, expected in (("ieee", 1), ("tf32", -1)):
+            torch._dynamo.reset()
+            conv.fp32_precision = precision
+            assert call(torch.zeros(1)) == expected
+    finally:
+        conv.fp32_precision = before

@@ -368,10 +368,10 @@ class Tile(NamedTuple):
         return triton.cdiv(m, self.m) * triton.cdiv(n, self.n)
 
     def constants(self, x: Tensor) -> dict[str, int]:
-        """Of a kernel; the smallest tiles are for maps with fewer of them than fill a GPU."""
+        """Of a kernel; only the largest tiles have several programs to a multiprocessor."""
         return {
             "BLOCK_M": self.m, "BLOCK_N": self.n, "BLOCK_K": self.k, "num_warps": self.warps,
-            **(all_registers(x) if self.m == 16 else {}),
+            **(all_registers(x) if self.m * self.n < 64 * 128 else {}),
         }  # fmt: skip
 
 
