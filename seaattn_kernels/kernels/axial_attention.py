@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from seaattn_kernels.kernels.launch import launch, power_of_2, precision
+from seaattn_kernels.kernels.launch import cdiv, launch, power_of_2, precision
 
 _LOG2E = tl.constexpr(math.log2(math.e))
 _LN2 = tl.constexpr(math.log(2))
@@ -308,7 +308,7 @@ def _sizes(row: Tensor, column: Tensor, tables: list[Tensor], heads: int, key_di
     block_d, block_e = power_of_2(key_dim, least=16), power_of_2(value_dim, least=16)
     # Larger blocks, fewer warps or prefetched tiles spill in the backward (docs/notes/triton.md).
     block, warps = 16, {48: 2, 64: 4, 80: 4}.get(block_d + block_e, 8)
-    programs, others = (b * heads * triton.cdiv(n, block) for n in (h, w))
+    programs, others = (b * heads * cdiv(n, block) for n in (h, w))
     runtime = (h, w, *(table.shape[2] for table in tables), programs)
     constants = {
         "D": key_dim, "E": value_dim, "BLOCK": block, "BLOCK_D": block_d, "BLOCK_E": block_e,
@@ -353,7 +353,7 @@ def axial_attention_pair_backward(
     launch(statistics_kernel, programs, *inputs, *runtime, scale, heads, **constants)
     launch(attention_backward_kernel, programs, *inputs, *out, *runtime, scale, heads, **constants)
     launch(
-        tables_kernel, 4 * triton.cdiv(width, 16) * triton.cdiv(longest, 16),
+        tables_kernel, 4 * cdiv(width, 16) * cdiv(longest, 16),
         *out, *table_gradients, b, projected, width, h, column.shape[2],
         *(table.shape[2] for table in tables), BLOCK_C=16, BLOCK_N=32, BLOCK_P=16, num_warps=4,
     )  # fmt: skip

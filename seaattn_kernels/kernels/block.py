@@ -52,6 +52,7 @@ from seaattn_kernels.kernels.gate import sigmoid
 from seaattn_kernels.kernels.launch import (
     INTERPRETED,
     all_registers,
+    cdiv,
     fine_precision,
     launch,
     multiprocessors,
@@ -365,7 +366,7 @@ class Tile(NamedTuple):
     warps: int
 
     def programs(self, m: int, n: int) -> int:
-        return triton.cdiv(m, self.m) * triton.cdiv(n, self.n)
+        return cdiv(m, self.m) * cdiv(n, self.n)
 
     def constants(self, x: Tensor) -> dict[str, int]:
         """Of a kernel; only the largest tiles have several programs to a multiprocessor."""
@@ -430,7 +431,7 @@ def _scratch_size(shape: Sequence[int], cut: squeeze.Cut, dtype: torch.dtype) ->
     """Elements of ``dtype`` that hold the float32 of :func:`_means`."""
     b, c, h, w = shape
     sums = b * c * (h * cut.strips + w * cut.bands)
-    return triton.cdiv(sums * 4 // dtype.itemsize, 16) * 16
+    return cdiv(sums * 4 // dtype.itemsize, 16) * 16
 
 
 def _pixel_stride(x: Tensor) -> int:
@@ -472,7 +473,7 @@ def sea_attention(
 
     def attend(row: Tensor, column: Tensor, attended: Tensor, strips: int, bands: int) -> None:
         block, warps = attend_block(max(h, w))
-        programs, others = (b * heads * triton.cdiv(n, block) for n in (h, w))
+        programs, others = (b * heads * cdiv(n, block) for n in (h, w))
         launch(
             attend_kernel, programs + others,
             row, column, axis_weight, qkv_bias, position, attended, h, w,

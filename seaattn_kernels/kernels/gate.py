@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from seaattn_kernels.kernels.launch import launch
+from seaattn_kernels.kernels.launch import cdiv, launch
 
 _BLOCK = 1024
 
@@ -61,7 +61,7 @@ def gate(x: Tensor, y: Tensor, hard: bool) -> Tensor:
     """``sigma(x) * y`` for two maps of one dense layout, in that layout."""
     out = torch.empty_like(x)
     n = out.numel()
-    launch(gate_kernel, triton.cdiv(n, _BLOCK), x, y, out, n, HARD=hard, BLOCK=_BLOCK, num_warps=4)
+    launch(gate_kernel, cdiv(n, _BLOCK), x, y, out, n, HARD=hard, BLOCK=_BLOCK, num_warps=4)
     return out
 
 
@@ -70,7 +70,7 @@ def gate_backward(gradient: Tensor, x: Tensor, y: Tensor, hard: bool) -> tuple[T
     dx, dy = torch.empty_like(x), torch.empty_like(y)
     n = x.numel()
     launch(
-        gate_backward_kernel, triton.cdiv(n, _BLOCK), gradient, x, y, dx, dy, n,
+        gate_backward_kernel, cdiv(n, _BLOCK), gradient, x, y, dx, dy, n,
         HARD=hard, BLOCK=_BLOCK, num_warps=4,
     )  # fmt: skip
     return dx, dy

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from seaattn_kernels.kernels.launch import launch, multiprocessors, power_of_2
+from seaattn_kernels.kernels.launch import cdiv, launch, multiprocessors, power_of_2
 
 # Rows and columns are small: how they are aligned is not worth another compilation.
 VECTORS = ["row_ptr", "row_b", "row_c", "row_h", "column_ptr", "column_b", "column_c", "column_w"]
@@ -151,7 +151,7 @@ def tiles(x: Tensor) -> tuple[int, dict[str, int]]:
     """How many programs cover a map with a tile each, and their constants."""
     b, c, h, w = x.shape
     block = tile(h, w, by_channels(x))
-    programs = b * triton.cdiv(c, block.c) * triton.cdiv(h, block.h) * triton.cdiv(w, block.w)
+    programs = b * cdiv(c, block.c) * cdiv(h, block.h) * cdiv(w, block.w)
     return programs, _constants(block)
 
 
@@ -166,7 +166,7 @@ def bands(programs: int, h: int, block_h: int, most: int) -> int:
     """
     if not 0 < programs < most:
         return 1
-    return max(1, min(triton.cdiv(most, programs), h // (16 * block_h)))
+    return max(1, min(cdiv(most, programs), h // (16 * block_h)))
 
 
 class Cut(NamedTuple):
@@ -182,11 +182,11 @@ def cut(shape: Sequence[int], by_channels: bool, device: torch.device) -> Cut:
     """The cut of a map, so that a device has work."""
     b, c, h, w = shape
     block = tile(h, w, by_channels)
-    strips = triton.cdiv(w, block.w)
-    programs = b * triton.cdiv(c, block.c) * strips
+    strips = cdiv(w, block.w)
+    programs = b * cdiv(c, block.c) * strips
     parts = bands(programs, h, block.h, 2 * multiprocessors(device))
-    band = triton.cdiv(triton.cdiv(h, parts), block.h) * block.h
-    return Cut(block, strips, triton.cdiv(h, band), band)
+    band = cdiv(cdiv(h, parts), block.h) * block.h
+    return Cut(block, strips, cdiv(h, band), band)
 
 
 def sums(
@@ -195,7 +195,7 @@ def sums(
     """Write the sums of ``x`` times a factor: ``(B, C, H, strips)`` and ``(B, C, W, bands)``."""
     b, c, h, w = x.shape
     launch(
-        squeeze_kernel, b * triton.cdiv(c, cut.tile.c) * cut.strips * cut.bands,
+        squeeze_kernel, b * cdiv(c, cut.tile.c) * cut.strips * cut.bands,
         x, row, column, c, h, w, cut.band, cut.bands, cut.strips, *x.stride(),
         row_scale, column_scale, **_constants(cut.tile),
     )  # fmt: skip
@@ -222,7 +222,7 @@ def axial_squeeze(x: Tensor, mean: bool = True) -> tuple[Tensor, Tensor]:
     for out, parts, scale in ((row, row_parts, row_scale), (column, column_parts, column_scale)):
         if out is not parts:
             launch(
-                combine_kernel, triton.cdiv(out.numel(), 256),
+                combine_kernel, cdiv(out.numel(), 256),
                 parts, out, out.numel(), parts.shape[3], scale, BLOCK=256, num_warps=4,
             )  # fmt: skip
     return row, column
