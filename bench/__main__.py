@@ -12,13 +12,16 @@ from tqdm import tqdm
 from bench import operators, results
 from bench.cases import CASES
 from bench.measure import (
+    DEFAULT_PROVIDERS,
     DTYPES,
     PROVIDERS,
+    auto_backend,
     available,
     busy,
     device_argument,
     measure,
     positive_argument,
+    refusal,
 )
 from bench.plot import plot
 from seaattn_kernels.budget import SEEDS
@@ -29,6 +32,10 @@ STAGES_TARGET = "sm_90"
 LEGEND = (
     "interval: 95 % of the median. limit: time over the limit (bench/limit.py): 1 is at it.\n"
     "error: root mean square against float64, eager's in brackets."
+)
+GPU_LEGEND = (
+    "call: called from Python. graph: replayed from a CUDA graph, beside eager's.\n"
+    "extra: memory of a call at its peak, beyond its input and result."
 )
 BEATEN = (
     "Below 1 the limit is beaten: it is torch.mm's time, and the convolutions of torch go through "
@@ -54,13 +61,14 @@ def _parser() -> argparse.ArgumentParser:
     timed.add_argument(
         "--out", type=Path, help="folder (bench/results/<machine>; quick: out/bench)"
     )
+    timed.add_argument("--no-chart", action="store_true", help="the result file alone")
     run = commands.add_parser(
         "run", parents=[timed], help="whole blocks in eval mode: check, time, write JSON and chart"
     )
     run.add_argument("--threads", type=positive_argument, help="torch.set_num_threads")
     run.add_argument(
         "--providers", nargs="+", choices=PROVIDERS, metavar="PROVIDER",
-        help=f"default: all of {', '.join(PROVIDERS)}; compile not with --quick",
+        help=f"of {', '.join(PROVIDERS)}; default: without autotune, with --quick without compile",
     )  # fmt: skip
     each = commands.add_parser(
         "operators", parents=[timed],
@@ -88,12 +96,16 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _line(row: dict) -> str:
+    speedup, extra = row["speedup"], row["extra_bytes"]
     return (
-        f"{row['case']:<11} {row['height']:>3}x{row['width']:<4} {row['provider']:<10}"
+        f"{row['case']:<11} {row['height']:>3}x{row['width']:<4} "
+        f"{row['provider']:<10}{row['way']:<6}"
         f"{row['ms']:>9.3f} ms [{row['ms_low']:.3f}, {row['ms_high']:.3f}]"
-        f"  first {row['ms_first']:.1f} ms  {row['speedup']:.2f}x eager"
-        f"  limit {row['of_limit']:.2f}"
+        f"  first {row['ms_first']:.1f} ms"
+        + (f"  {speedup:.2f}x eager" if speedup else "  eager is not timed")
+        + f"  limit {row['of_limit']:.2f}"
         f"  error {row['rms_error']:.1e} ({row['rms_error_eager']:.1e})"
+        + (f"  extra {extra / 2**20:.2f} MiB" if extra is not None else "")
     )
 
 
@@ -103,26 +115,36 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     # Compiling takes longer than a quick run.
-    wanted = arguments.providers or (PROVIDERS[:-1] if arguments.quick else PROVIDERS)
-    providers = available(wanted, device, dtype)
-    if "auto" in wanted and "auto" not in providers:
-        print("auto is the reference here: listed once")
+    wanted = arguments.providers or DEFAULT_PROVIDERS[: -1 if arguments.quick else None]
+    listed = {name: available(wanted, CASES[name], device, dtype) for name in arguments.cases}
+    if "auto" in wanted and not any("auto" in providers for providers in listed.values()):
+        print(f"auto is {auto_backend(device, dtype)} here: listed once")
+    refused = {
+        name: reason
+        for case in arguments.cases
+        for name in arguments.providers or ()
+        if (reason := refusal(name, CASES[case], device, dtype))
+    }
+    for name, reason in refused.items():
+        print(f"{name} is not timed: {reason}")
+    graphs = device.type == "cuda"
     jobs = [
         (CASES[name], size)
         for name in arguments.cases
         for size in list(CASES[name].maps.values())[: 2 if arguments.quick else None]
     ]
     rows: list[dict] = []
-    status = 0
+    status = int(bool(refused))
     try:
         for case, size in tqdm(jobs, desc="blocks", unit="map", dynamic_ncols=True, disable=None):
             found = measure(
-                case, size, providers, device, dtype, arguments.batch,
+                case, size, listed[case.name], device, dtype, arguments.batch,
                 seconds=0.3 if arguments.quick else 2.0,
                 seeds=SEEDS[:3] if arguments.quick else SEEDS,
                 log=tqdm.write,
+                graphs=graphs,
             )  # fmt: skip
-            status |= len(found) < len(providers)
+            status |= len(found) < len(listed[case.name]) * (2 if graphs else 1)
             for row in found:
                 tqdm.write(_line(row))
             rows += found
@@ -132,6 +154,8 @@ def run(arguments: argparse.Namespace) -> int:
     if not rows:
         return status or 1
     print(LEGEND)
+    if graphs:
+        print(GPU_LEGEND)
     if line := busy(rows):
         print(line)
     if device.type == "cpu" and any(row["of_limit"] < 1 for row in rows):
@@ -147,13 +171,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _save(arguments: argparse.Namespace, rows: list[dict], name: str) -> None:
-    """Write a result file and its chart, and print where they are."""
+    """Write a result file and, unless it is not wanted, its chart; print where they are."""
     device = arguments.device
     folder = arguments.out or (SCRATCH if arguments.quick else results.results_dir(device))
     document = results.document(rows, device)
     results.write(folder / name, document)
     print(folder / name)
-    print(plot(document, (folder / name).with_suffix(".png")))
+    if not arguments.no_chart:
+        print(plot(document, (folder / name).with_suffix(".png")))
 
 
 def run_operators(arguments: argparse.Namespace) -> int:

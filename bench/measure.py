@@ -11,13 +11,17 @@ from bench.cases import ACTIVATION, ATTN_RATIO, Case
 from bench.eager import as_eager
 from bench.limit import limit_of
 from bench.timing import check_then_time
-from seaattn_kernels import SeaAttention, ops
+from seaattn_kernels import SeaAttention, graphed, ops
 from seaattn_kernels.budget import SEEDS
 from seaattn_kernels.verify import randomise
 
-#: eager: upstream's forward. reference: folded PyTorch. auto: the best backend of the device.
-#: compile: eager under torch.compile, compiled anew for each shape.
-PROVIDERS = ("eager", "reference", "auto", "compile")
+#: eager: upstream's forward. reference: folded PyTorch. triton: the fused block, on a GPU.
+#: auto: the best backend of the device. compile: eager under torch.compile, compiled anew for each
+#: shape. autotune: the same on a GPU with every kernel tuned, which takes long.
+PROVIDERS = ("eager", "reference", "triton", "auto", "compile", "autotune")
+#: Those that are timed where nobody asks by name.
+DEFAULT_PROVIDERS = PROVIDERS[:-1]
+_COMPILED = {"compile": None, "autotune": "max-autotune-no-cudagraphs"}
 #: Above this ratio of its ends an interval says more about the machine than about the code.
 WIDE = 1.5
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -50,18 +54,37 @@ def busy(rows: Sequence[dict]) -> str | None:
 
 
 def auto_backend(device: torch.device, dtype: torch.dtype) -> str:
-    """The backend that runs whole blocks where nobody asks for one."""
+    """The backend that runs whole blocks where nobody asks for one.
+
+    In exact float32 a GPU leaves large blocks to the reference all the same.
+    """
     return ops.choose("sea_attention", "auto", device, dtype)
 
 
-def available(providers: Sequence[str], device: torch.device, dtype: torch.dtype) -> list[str]:
-    """``providers`` and eager, without "auto" where that is the reference, in the usual order."""
-    same = auto_backend(device, dtype) == "reference"
-    return [
+def refusal(provider: str, case: Case, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why ``provider`` cannot be timed here, or None where it can."""
+    if provider in ("triton", "autotune") and device.type != "cuda":
+        return f"it needs a GPU, got {device}"
+    if provider == "triton":
+        head = case.key_dim, case.values // case.heads
+        return ops.refusal("sea_attention", "triton", device, dtype, head)
+    return None
+
+
+def available(
+    providers: Sequence[str], case: Case, device: torch.device, dtype: torch.dtype
+) -> list[str]:
+    """Eager and those of ``providers`` that run here, in the usual order.
+
+    Without "auto" where that is another of them.
+    """
+    listed = [
         name
         for name in PROVIDERS
-        if name == "eager" or (name in providers and not (name == "auto" and same))
+        if name == "eager" or (name in providers and refusal(name, case, device, dtype) is None)
     ]
+    same = auto_backend(device, dtype) in listed
+    return [name for name in listed if not (name == "auto" and same)]
 
 
 def block_of(case: Case) -> SeaAttention:
@@ -73,12 +96,49 @@ def block_of(case: Case) -> SeaAttention:
 def _provide(name: str, block: SeaAttention) -> nn.Module:
     if name == "eager":
         return as_eager(block)
-    if name == "compile":
+    if name in _COMPILED:
         torch.compiler.reset()
-        return torch.compile(as_eager(block), dynamic=False)
+        return torch.compile(as_eager(block), dynamic=False, mode=_COMPILED[name])
     block = copy.deepcopy(block)
     block.backend = name
     return block
+
+
+def _replay(model: nn.Module, copies: int) -> Callable[[Tensor], Tensor]:
+    """``model`` as a CUDA graph, captured by the first call.
+
+    A replay overwrites the result of the one before, so the first ``copies`` results, which are
+    judged together, are copies.
+    """
+    graph = None
+
+    def call(x: Tensor) -> Tensor:
+        nonlocal graph, copies
+        if graph is None:
+            try:
+                graph = graphed(model, x)
+            except Exception as error:  # a capture raises what it likes: the others go on
+                raise RuntimeError(f"no capture: {type(error).__name__}: {error}") from error
+        out = graph(x)
+        if copies == 0:
+            return out
+        copies -= 1
+        return out.clone()
+
+    return call
+
+
+def extra_bytes(call: Callable[[Tensor], Tensor], x: Tensor) -> int | None:
+    """Memory that a warm call takes at its peak, without its result; None on a CPU."""
+    if x.device.type != "cuda":
+        return None
+    call(x)
+    torch.cuda.synchronize(x.device)
+    torch.cuda.reset_peak_memory_stats(x.device)
+    before = torch.cuda.memory_allocated(x.device)
+    out = call(x)
+    taken = torch.cuda.max_memory_allocated(x.device) - before
+    return taken - out.numel() * out.element_size()
 
 
 def measure(
@@ -91,19 +151,35 @@ def measure(
     seconds: float = 2.0,
     seeds: Sequence[int] = SEEDS,
     log: Callable[[str], None] = print,
+    graphs: bool = False,
 ) -> list[dict]:
-    """A row for each provider that is right; the others are logged with the reason."""
+    """A row for each provider that is right; the others are logged with the reason.
+
+    With ``graphs`` there is a second row of each, of way "graph": replayed from a CUDA graph, its
+    speed-up over eager that is replayed too. Its first call holds the capture.
+    """
     height, width = size
     block = block_of(case).to(device, dtype)
-    candidates = {name: _provide(name, block) for name in available(providers, device, dtype)}
+    models = {name: _provide(name, block) for name in available(providers, case, device, dtype)}
     exact = as_eager(block).double()
     limit = limit_of(case, height, width, batch, dtype, device)
-    # A batch holds as many seeds as maps: errors are pooled over ten maps, or more.
-    inputs = [_map(seed, (batch, case.channels, *size), device, dtype) for seed in seeds[::batch]]
+    # The maps are inference tensors as the copies in a graph are: other ones compile a model twice.
     with torch.inference_mode():
+        # A batch holds as many seeds as maps: errors are pooled over ten maps, or more.
+        shape = (batch, case.channels, *size)
+        inputs = [_map(seed, shape, device, dtype) for seed in seeds[::batch]]
+        candidates: dict[str, Callable[[Tensor], Tensor]] = {}
+        for provider, model in models.items():
+            candidates[provider] = model
+            if graphs:
+                candidates[f"{provider} graph"] = _replay(model, len(inputs))
         measured = check_then_time(candidates, inputs, exact, seconds, limit.calls)
+        extra = {
+            name: extra_bytes(model, inputs[0])
+            for name, model in models.items()
+            if name not in measured.refused
+        }
     bound = limit.read(measured.timings)
-    eager = measured.timings["eager"].median
     where = f"{case.name} {height}x{width}"
     for name, reason in measured.refused.items():
         log(f"{where} {name} is not timed, it is {reason}")
@@ -112,6 +188,8 @@ def measure(
         if name in measured.refused:
             continue
         timing, verdict = measured.timings[name], measured.verdicts[name]
+        provider, _, graph = name.partition(" ")
+        eager = measured.timings.get("eager graph" if graph else "eager")
         rows.append(
             {
                 "kind": "block",
@@ -121,14 +199,16 @@ def measure(
                 "batch": batch,
                 "dtype": str(dtype).removeprefix("torch."),
                 "device": device.type,
-                "provider": name,
-                "backend": auto_backend(device, dtype) if name == "auto" else name,
+                "provider": provider,
+                "way": graph or "call",
+                "backend": auto_backend(device, dtype) if provider == "auto" else provider,
                 "ms": timing.median * 1e3,
                 "ms_low": timing.low * 1e3,
                 "ms_high": timing.high * 1e3,
                 "ms_first": timing.first * 1e3,
                 "timed_blocks": timing.blocks,
-                "speedup": eager / timing.median,
+                "speedup": eager.median / timing.median if eager else None,
+                "extra_bytes": extra.get(name),
                 "ms_limit": bound.seconds * 1e3,
                 "of_limit": timing.median / bound.seconds,
                 "limit_gflops": bound.gflops,

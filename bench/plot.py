@@ -14,32 +14,39 @@ from matplotlib.ticker import FuncFormatter, LogLocator
 _STYLES = {
     "eager": {"color": "#56B4E9", "marker": "s", "linestyle": ":"},
     "reference": {"color": "#E69F00", "marker": "o", "linestyle": "-."},
+    "triton": {"color": "#009E73", "marker": "v", "linestyle": "-"},
     "auto": {"color": "#0072B2", "marker": "D", "linestyle": "-"},
     "compile": {"color": "#CC79A7", "marker": "^", "linestyle": (0, (5, 1, 1, 1, 1, 1))},
+    "autotune": {"color": "#D55E00", "marker": "P", "linestyle": (0, (1, 1))},
     "limit": {"color": "black", "marker": "", "linestyle": "--"},
 }
 _LABELS = {
     "eager": "eager PyTorch",
     "reference": "reference (folded PyTorch)",
+    "triton": "seaattn_kernels (Triton)",
     "auto": "seaattn_kernels",
     "compile": "torch.compile",
+    "autotune": "torch.compile, max-autotune",
     "limit": "limit",
 }
-
-_OPERATOR_STYLES = {"compile": "compile", "triton": "auto"}
 
 _Points = Mapping[str, Mapping[int, Sequence[float]]]
 
 
 def plot(results: Mapping, path: Path) -> Path:
-    """Draw the block rows of a result file into a PNG, or its operators.
+    """Draw the blocks of a result file into a PNG, called and not replayed, or its operators.
 
     Points are cases; a line, or a bar, is their geometric mean.
 
     Raises:
         ValueError: if there is neither.
     """
-    rows = [row for row in results["rows"] if row["kind"] == "block"]
+    # Older files have no ways: every block in them is called.
+    rows = [
+        row
+        for row in results["rows"]
+        if row["kind"] == "block" and row.get("way", "call") == "call"
+    ]
     operators = [row for row in results["rows"] if row["kind"] == "operator"]
     if not rows and not operators:
         raise ValueError("nothing to draw: the results hold no block and no operator")
@@ -110,11 +117,9 @@ def _operators(results: Mapping, rows: Sequence[Mapping]) -> Figure:
                 for name in names
             ]
             at = [index + 0.4 * shift - 0.2 for index in range(len(names))]
-            style = _STYLES[_OPERATOR_STYLES[provider]]
+            color, label = _STYLES[provider]["color"], _LABELS[provider]
             means = [geometric_mean(values) if values else 0 for values in points]
-            axes.bar(
-                at, means, 0.38, color=style["color"], label=_LABELS[_OPERATOR_STYLES[provider]]
-            )
+            axes.bar(at, means, 0.38, color=color, label=label)
             for x, values in zip(at, points, strict=True):
                 axes.plot([x] * len(values), values, "k.", markersize=3)
         axes.axhline(1, color="black", linewidth=0.8)

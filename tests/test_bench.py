@@ -10,18 +10,21 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bench import __main__ as command
 from bench import demo, operators, results, timing
+from bench import measure as measuring
 from bench.cases import CASES, SWEEP_SIDES, Case
 from bench.eager import EagerSeaAttention, as_eager
 from bench.limit import ProductTime, products
-from bench.measure import available, block_of, measure
-from bench.plot import plot
+from bench.measure import PROVIDERS, available, block_of, extra_bytes, measure, refusal
+from bench.plot import _LABELS, _STYLES, plot
 from bench.timing import Timing, check_then_time, interleave, median_interval
 from seaattn_kernels import SeaAttention, ops
 from seaattn_kernels.budget import SEEDS
@@ -29,6 +32,8 @@ from seaattn_kernels.patch import Swapped
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
+GPU = torch.device("cuda")
+TOY = Case("toy", 8, 4, 1, stride=4)
 PNG = b"\x89PNG\r\n\x1a\n"
 
 # --- cases -----------------------------------------------------------------------------------
@@ -220,14 +225,12 @@ def test_a_wrong_candidate_is_refused_before_it_is_timed():
 
 
 def test_a_planted_error_in_the_attention_leaves_no_row(monkeypatch):
-    from bench import measure as module
-
     class Planted(SeaAttention):
         def forward(self, x):
             out = super().forward(x)
             return out + 1e-4 * out.abs().max()
 
-    original = module._provide
+    original = measuring._provide
 
     def provide(name, block):
         provided = original(name, block)
@@ -235,7 +238,7 @@ def test_a_planted_error_in_the_attention_leaves_no_row(monkeypatch):
             provided.__class__ = Planted
         return provided
 
-    monkeypatch.setattr(module, "_provide", provide)
+    monkeypatch.setattr(measuring, "_provide", provide)
     said = []
     rows = measure(
         CASES["T2"], (4, 4), ["reference"], CPU, torch.float32, seconds=0, log=said.append
@@ -246,12 +249,163 @@ def test_a_planted_error_in_the_attention_leaves_no_row(monkeypatch):
 
 
 def test_auto_is_listed_only_where_it_is_another_backend(monkeypatch):
-    everything = ("eager", "reference", "auto")
-    monkeypatch.setattr("bench.measure.auto_backend", lambda *_: "reference")
-    assert available(everything, CPU, torch.float32) == ["eager", "reference"]
-    monkeypatch.setattr("bench.measure.auto_backend", lambda *_: "cpu")
-    assert available(everything, CPU, torch.float32) == ["eager", "reference", "auto"]
-    assert available(["auto"], CPU, torch.float32) == ["eager", "auto"]
+    def listed(best, providers, device):
+        monkeypatch.setattr(measuring, "auto_backend", lambda *_: best)
+        return available(providers, CASES["B1"], device, torch.float32)
+
+    everything = ("auto", "reference", "triton", "eager")
+    assert listed("reference", everything, CPU) == ["eager", "reference"]
+    assert listed("cpu", everything, CPU) == ["eager", "reference", "auto"]
+    assert listed("triton", everything, GPU) == ["eager", "reference", "triton"]
+    assert listed("cuda", everything, GPU) == ["eager", "reference", "triton", "auto"]
+    assert listed("triton", ["auto", "reference"], GPU) == ["eager", "reference", "auto"]
+    assert listed("reference", ["auto"], CPU) == ["eager", "auto"]
+
+
+def test_a_provider_is_listed_only_where_it_runs(monkeypatch):
+    wide = Case("wide", 8, 128, 1, stride=4)
+    assert "GPU" in refusal("triton", CASES["B1"], CPU, torch.float16)
+    assert "GPU" in refusal("autotune", CASES["B1"], CPU, torch.float16)
+    assert "(128, 256)" in refusal("triton", wide, GPU, torch.float16)
+    for name in PROVIDERS:
+        assert refusal(name, CASES["B1"], GPU, torch.float16) is None
+        assert name in ("triton", "autotune") or refusal(name, wide, CPU, torch.float16) is None
+    monkeypatch.setattr(measuring, "auto_backend", lambda *_: "triton")
+    listed = available(PROVIDERS, wide, GPU, torch.float16)
+    assert listed == ["eager", "reference", "auto", "compile", "autotune"]
+
+
+def test_the_block_is_compiled_in_the_mode_of_the_provider(monkeypatch):
+    asked = []
+    original = torch.compile
+
+    def compiled(model, **options):
+        asked.append(options)
+        return original(model, **options)
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    for name in ("compile", "autotune"):
+        model = measuring._provide(name, block_of(TOY))
+        assert isinstance(model._orig_mod, EagerSeaAttention)
+    assert asked == [
+        {"dynamic": False, "mode": None},
+        {"dynamic": False, "mode": "max-autotune-no-cudagraphs"},
+    ]
+
+
+class _FakeGraphs:
+    """Stands in for ``graphed``: every call of a graph overwrites the one result that it has."""
+
+    def __init__(self, broken=()):
+        self.broken, self.made, self.results = broken, [], {}
+
+    def __call__(self, model, example):
+        name = model.backend if isinstance(model, SeaAttention) else "eager"
+        assert example.is_inference()
+        if name in self.broken:
+            raise ValueError("it waits for the GPU\nsomewhere")
+        self.made.append(name)
+        result = self.results[name] = model(example).clone()
+        return lambda x: result.copy_(model(x))
+
+
+def _measure_graphs(monkeypatch, broken=()):
+    fake, said = _FakeGraphs(broken), []
+    monkeypatch.setattr(measuring, "graphed", fake)
+    monkeypatch.setattr(measuring, "extra_bytes", lambda call, x: 7)
+    monkeypatch.setattr(timing, "FEWEST_ROUNDS", 1)
+    rows = measure(
+        TOY, (3, 4), ["reference"], CPU, torch.float32,
+        seconds=0, seeds=SEEDS[:3], log=said.append, graphs=True,
+    )  # fmt: skip
+    return fake, said, {(row["provider"], row["way"]): row for row in rows}
+
+
+def test_every_provider_is_measured_as_a_graph_too(monkeypatch):
+    fake, said, rows = _measure_graphs(monkeypatch)
+    assert not said, "a result that the next call overwrites is not judged"
+    assert fake.made == ["eager", "reference"]
+    assert list(rows) == [
+        (provider, way) for provider in ("eager", "reference") for way in ("call", "graph")
+    ]
+    for (provider, way), row in rows.items():
+        assert row["speedup"] == pytest.approx(rows["eager", way]["ms"] / row["ms"])
+        assert row["extra_bytes"] == (7 if way == "call" else None)
+        assert row["rms_error"] == rows[provider, "call"]["rms_error"]
+
+
+def test_only_judged_results_of_a_graph_are_copied(monkeypatch):
+    fake = _FakeGraphs()
+    monkeypatch.setattr(measuring, "graphed", fake)
+    with torch.inference_mode():
+        maps = [torch.randn(1, 8, 3, 4) for _ in range(4)]
+        block = block_of(TOY)
+        call = measuring._replay(block, 2)
+        results = [call(x) for x in maps]
+        expected = [block(x) for x in maps]
+    assert fake.made == ["auto"], "captured once"
+    static = fake.results["auto"]
+    assert [out is static for out in results] == [False, False, True, True]
+    assert torch.equal(results[0], expected[0])
+    assert torch.equal(results[1], expected[1])
+    assert torch.equal(static, expected[3])
+
+
+def test_a_graph_that_cannot_be_captured_stops_no_other(monkeypatch):
+    _, said, rows = _measure_graphs(monkeypatch, ["reference"])
+    assert list(rows) == [("eager", "call"), ("eager", "graph"), ("reference", "call")]
+    (line,) = said
+    assert line.startswith("toy 3x4 reference graph is not timed, it is raises RuntimeError: no")
+    assert line.endswith("ValueError: it waits for the GPU")
+
+    _, said, rows = _measure_graphs(monkeypatch, ["eager"])
+    assert list(rows) == [("eager", "call"), ("reference", "call"), ("reference", "graph")]
+    assert len(said) == 1
+    assert rows["reference", "graph"]["speedup"] is None
+    assert rows["reference", "call"]["speedup"] > 0
+    assert "eager is not timed" in command._line(rows["reference", "graph"])
+
+
+def test_a_wrong_graph_is_not_timed(monkeypatch):
+    def stale(model, example):
+        result = model(example)
+        return lambda x: result
+
+    monkeypatch.setattr(measuring, "graphed", stale)
+    monkeypatch.setattr(timing, "FEWEST_ROUNDS", 1)
+    said = []
+    rows = measure(
+        TOY, (3, 4), [], CPU, torch.float32,
+        seconds=0, seeds=SEEDS[:2], log=said.append, graphs=True,
+    )  # fmt: skip
+    assert [row["way"] for row in rows] == ["call"]
+    assert said[0].startswith("toy 3x4 eager graph is not timed, it is wrong: rms")
+
+
+def test_extra_memory_is_the_peak_beyond_the_result(monkeypatch):
+    allocated, peak = [1000], [5000]
+
+    def call(x):
+        calls.append(x)
+        # The first call also takes what it keeps.
+        allocated[0] += 100 if len(calls) == 1 else 0
+        peak[0] = max(peak[0], allocated[0] + 300)
+        return torch.empty(5, dtype=torch.float16)
+
+    calls: list = []
+    fakes = {
+        "synchronize": lambda _: None,
+        "reset_peak_memory_stats": lambda _: peak.__setitem__(0, allocated[0]),
+        "memory_allocated": lambda _: allocated[0],
+        "max_memory_allocated": lambda _: peak[0],
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    on_a_gpu = SimpleNamespace(device=GPU)
+    assert extra_bytes(call, on_a_gpu) == 300 - 5 * 2
+    assert len(calls) == 2
+    assert extra_bytes(call, torch.empty(1)) is None
+    assert len(calls) == 2
 
 
 # --- the limit -------------------------------------------------------------------------------
@@ -301,6 +455,7 @@ def test_a_row_says_everything(rows):
     ]
     for row in rows:
         assert (row["batch"], row["dtype"], row["device"]) == (2, "float32", "cpu")
+        assert (row["way"], row["extra_bytes"]) == ("call", None)
         assert 0 < row["ms_low"] <= row["ms"] <= row["ms_high"]
         assert row["ms_first"] > 0
         assert row["of_limit"] == pytest.approx(row["ms"] / row["ms_limit"])
@@ -355,7 +510,7 @@ def test_a_results_folder_is_named_after_the_machine():
 
 def test_a_chart_needs_the_file_alone(rows, tmp_path):
     source, chart = tmp_path / "r.json", tmp_path / "c" / "r.png"
-    extra = [{**row, "provider": name} for row in rows for name in ("auto", "compile")]
+    extra = [{**row, "provider": name} for row in rows for name in PROVIDERS[2:]]
     results.write(source, results.document([*rows, *extra], CPU))
     code = (
         "import sys; from pathlib import Path; from bench.results import read;"
@@ -364,6 +519,31 @@ def test_a_chart_needs_the_file_alone(rows, tmp_path):
     subprocess.run([sys.executable, "-c", code, source, chart], cwd=ROOT, check=True)
     assert chart.read_bytes()[:8] == PNG
     assert chart.stat().st_size > 20_000
+
+
+def test_every_provider_has_a_line_of_its_own():
+    assert set(PROVIDERS) <= set(_STYLES) == set(_LABELS)
+    for key in ("color", "marker"):
+        assert len({style[key] for style in _STYLES.values()}) == len(_STYLES)
+
+
+def test_a_chart_holds_what_is_called(tmp_path):
+    """A file without ways is drawn as it is, and replays are left out."""
+    (source,) = (ROOT / "bench" / "results").glob("amd-epyc-2-cores/*.json")
+    old = results.read(source)
+    old["rows"] = [row for row in old["rows"] if row["case"] == "T1"]
+    assert old["rows"]
+    assert not any("way" in row for row in old["rows"])
+
+    def drawn(rows):
+        return plot({**old, "rows": rows}, tmp_path / "chart.png").read_bytes()
+
+    picture = drawn(old["rows"])
+    assert picture[:8] == PNG
+    called = [{**row, "way": "call"} for row in old["rows"]]
+    replayed = [{**row, "way": "graph", "ms": 1e-3, "speedup": None} for row in old["rows"]]
+    assert drawn([*called, *replayed]) == picture
+    assert drawn([{**row, "ms": 2 * row["ms"]} for row in called]) != picture
 
 
 def test_a_chart_of_nothing_is_refused(tmp_path):
@@ -390,6 +570,71 @@ def test_the_command_measures_and_draws(tmp_path):
     other = tmp_path / "again.png"
     assert bench("plot", str(source), "--out", str(other)).strip() == str(other)
     assert other.read_bytes()[:8] == PNG
+
+
+def _arguments(tmp_path, *more):
+    fixed = ("run", "--device", "cpu", "--quick", "--cases", "T1", "--out", str(tmp_path))
+    return command._parser().parse_args([*fixed, *more])
+
+
+def test_the_command_on_a_gpu_asks_for_graphs_and_shows_them(rows, tmp_path, monkeypatch, capsys):
+    asked, missing = [], []
+
+    def measured(case, size, providers, *_, graphs, **__):
+        asked.append((size, providers, graphs))
+        return [
+            {**rows[0], "provider": provider, "way": way, "extra_bytes": extra}
+            for provider in providers
+            for way, extra in (("call", 3 * 2**19), ("graph", None))
+            if (provider, way) not in missing
+        ]
+
+    monkeypatch.setattr(command, "measure", measured)
+    monkeypatch.setattr(command, "auto_backend", lambda *_: "triton")
+    monkeypatch.setattr(measuring, "auto_backend", lambda *_: "triton")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "some GPU")
+    arguments = _arguments(tmp_path, "--no-chart")
+    arguments.device = GPU
+    assert command.run(arguments) == 0
+    listed = ["eager", "reference", "triton"]
+    assert asked == [((7, 7), listed, True), ((16, 16), listed, True)]
+    printed = capsys.readouterr().out
+    assert "auto is triton here: listed once" in printed
+    assert "graph: replayed" in printed
+    lines = [line for line in printed.splitlines() if line.startswith("T1 ")]
+    assert [line.split()[2:4] for line in lines] == 2 * [
+        [provider, way] for provider in listed for way in ("call", "graph")
+    ]
+    for line in lines:
+        assert line.endswith("extra 1.50 MiB") == (" call " in line)
+        assert ("extra" in line) == (" call " in line)
+    (saved,) = tmp_path.iterdir()
+    assert saved.suffix == ".json", "no chart"
+
+    missing.append(("triton", "graph"))
+    assert command.run(arguments) == 1
+
+
+def test_the_command_says_which_provider_it_cannot_time(rows, tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def measured(case, size, providers, *_, graphs, **__):
+        asked.append((providers, graphs))
+        return [{**rows[0], "provider": provider} for provider in providers]
+
+    monkeypatch.setattr(command, "measure", measured)
+    assert command.run(_arguments(tmp_path, "--providers", "reference", "triton", "autotune")) == 1
+    assert asked == 2 * [(["eager", "reference"], False)]
+    printed = capsys.readouterr().out
+    assert "triton is not timed: it needs a GPU, got cpu" in printed
+    assert "autotune is not timed: it needs a GPU, got cpu" in printed
+    assert "graph" not in printed
+    assert "extra" not in printed
+
+    asked.clear()
+    assert command.run(_arguments(tmp_path)) == 0, "nobody asked for them"
+    assert "is not timed" not in capsys.readouterr().out
+    assert not {"triton", "compile", "autotune"} & set(asked[0][0])
 
 
 def test_the_demo_verifies_times_and_ends_with_its_chart(tmp_path, capsys):
@@ -465,8 +710,6 @@ def test_the_demo_says_in_a_line_what_it_cannot_load(argument, tmp_path, capsys)
     ],
 )
 def test_wrong_arguments_are_a_line(arguments, monkeypatch, capsys):
-    from bench import __main__ as command
-
     monkeypatch.setattr(sys, "argv", ["bench", *arguments])
     with pytest.raises(SystemExit) as raised:
         command.main()
@@ -474,8 +717,6 @@ def test_wrong_arguments_are_a_line(arguments, monkeypatch, capsys):
 
 
 # --- operators -------------------------------------------------------------------------------
-
-TOY = Case("toy", 8, 4, 1, stride=4)
 
 
 def _measure_operators(log, providers=("triton",)):
