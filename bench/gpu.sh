@@ -47,15 +47,20 @@ grep WRONG "$OUT/tests.txt"
 tail -n 2 "$OUT/tests.txt"
 XDIST=()
 $PYTHON -c 'import xdist' 2> /dev/null && XDIST=(-n 14 --dist worksteal)
-part tests 140 $PYTHON -m pytest -q -m gpu "${XDIST[@]}" tests/test_triton.py tests/test_gpu.py \
-    > "$OUT/tests.txt" 2>&1
+part tests 115 $PYTHON -m pytest -q -m gpu "${XDIST[@]}" \
+    tests/test_triton.py tests/test_block.py tests/test_gpu.py > "$OUT/tests.txt" 2>&1
 tail -n 40 "$OUT/tests.txt"
-part latency 40 $PYTHON -m bench operators --device cuda --quick --out "$OUT" \
+part latency 40 $PYTHON -m bench operators --device cuda --quick --out "$OUT" --no-chart \
     --cases T1 B1 --dtype float32 --batch 1 --providers triton
-part blocks 50 $PYTHON -m bench run --device cuda --quick --out "$OUT" \
-    --cases B1 YOLOv8s-P3 --dtype float16 --providers reference compile
-part operators 140 $PYTHON -m bench operators --device cuda --quick --out "$OUT" \
-    --cases B1 YOLOv8s-P3 --dtype float16 --batch 16
+part blocks 60 $PYTHON -m bench run --device cuda --quick --out "$OUT" \
+    --cases B1 YOLOv8s-P3 --dtype float16 --batch 1 --providers reference triton compile
+part blocks-64 40 $PYTHON -m bench run --device cuda --quick --out "$OUT" --no-chart \
+    --cases B1 --dtype float16 --batch 64 --providers reference triton compile
+# One map, in a folder of its own: the file would have the name of that of the blocks.
+part autotune 60 $PYTHON -m bench run --device cuda --quick --out "$OUT/autotune" --no-chart \
+    --cases YOLOv8s-P3 --dtype float16 --batch 1 --providers triton autotune
+part operators 64 $PYTHON -m bench operators --device cuda --quick --out "$OUT" --no-chart \
+    --cases B1 --dtype float16 --batch 16
 echo "== $NAME, $TARGET: $OUT"
 printf '%s' "$SUMMARY"
 exit $STATUS

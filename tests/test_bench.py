@@ -803,12 +803,26 @@ def test_gpu_script_runs_every_part_and_reports(tmp_path):
     assert done.returncode == 1
     summary = done.stdout[done.stdout.index("== some-gpu, sm_90") :]
     parts = {line.split()[0]: int(line.split()[2]) for line in summary.splitlines()[1:]}
-    assert list(parts) == ["library", "kernels", "tests", "latency", "blocks", "operators"]
+    assert list(parts) == [
+        "library", "kernels", "tests", "latency", "blocks", "blocks-64", "autotune", "operators",
+    ]  # fmt: skip
     assert parts["tests"] == 3
     assert parts["kernels"] == parts["operators"] == 0
     asked = (tmp_path / "asked").read_text()
     assert "static --targets sm_90 --all" in asked
-    assert "pytest -q -m gpu" in asked
+    (tests,) = re.findall(r"pytest -q -m gpu .*", asked)
+    assert {"tests/test_triton.py", "tests/test_block.py", "tests/test_gpu.py"} <= {*tests.split()}
+    compared = "reference triton compile"
+    for batch, providers in ((1, compared), (64, compared), (1, "triton autotune")):
+        wanted = rf"bench run .* --dtype float16 --batch {batch} --providers {providers}$"
+        assert re.search(wanted, asked, re.MULTILINE), wanted
+    files = ["static.json", "tests.txt"]
+    for line in re.findall(r"bench (?:run|operators) .*", asked):
+        folder, kind, batch = re.search(r"--out (\S+).*--dtype (\S+) --batch (\d+)", line).groups()
+        name = f"{folder}/{'operators-' * ('operators' in line)}{kind}-batch{batch}"
+        files += [f"{name}.json"] + [f"{name}.png"] * ("--no-chart" not in line)
+    assert len(set(files)) == len(files), "a part writes over the file of another"
+    assert len(files) <= 8
     limits = re.findall(r"^part \S+ (\d+)", script.read_text(), re.MULTILINE)
     assert sum(map(int, limits)) < 8 * 60
 
