@@ -256,7 +256,7 @@ def _finish_flops(values: dict) -> int:
     """The depthwise stage once for each block of channels of the result."""
     c, n = values["C"], values["N"]
     again = triton.cdiv(c, values["BLOCK_N"])
-    return 2 * values["pixels"] * (9 * n * again + n * c + values["VALUES"] * c)
+    return 2 * values["B"] * values["image"] * (9 * n * again + n * c + values["VALUES"] * c)
 
 
 #: The products of maps, whose factors are in the dtype of the map.
@@ -267,7 +267,7 @@ _FLOPS: dict[str, Callable[[dict], int]] = {
     "statistics_kernel": lambda v: 2 * _pairs(v) * (v["D"] + v["E"]),
     "attention_backward_kernel": lambda v: 2 * _pairs(v) * (4 * v["D"] + 3 * v["E"]),
     "tables_kernel": _table_flops,
-    "project_kernel": lambda v: 2 * v["pixels"] * v["C"] * v["N"],
+    "project_kernel": lambda v: 2 * v["B"] * v["image"] * v["C"] * v["N"],
     "attend_kernel": _attend_flops,
     "encode_kernel": lambda v: 2 * (v["rows"] + v["columns"]) * v["N"] ** 2,
     "finish_kernel": _finish_flops,

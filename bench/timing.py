@@ -108,7 +108,7 @@ def check_then_time(
         seconds: for the timing; see :func:`interleave`.
         alongside: calls timed in the same loop and not judged, such as those of a limit.
 
-    A candidate that errs by more than the budget, or raises RuntimeError, is refused, not timed.
+    A candidate that errs by more than the budget, or raises, is refused, not timed.
     """
     device, dtype = inputs[0].device, inputs[0].dtype
     truth = [exact(x.double()) for x in inputs]
@@ -121,10 +121,11 @@ def check_then_time(
         try:
             first[name], out = timed_call(lambda call=call: call(inputs[0]), device)
             outputs = [out, *(call(x) for x in inputs[1:])]
-        except RuntimeError as error:
+        except Exception as error:  # compilers raise what they like: the others go on
             if name == "eager":
                 raise
-            refused[name] = f"raises {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            lines = str(error).strip().splitlines() or ["no message"]
+            refused[name] = f"raises {type(error).__name__}: {lines[0]}"
             continue
         eager = eager or outputs
         verdicts[name] = judge(outputs, eager, truth, dtype)

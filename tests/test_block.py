@@ -53,7 +53,7 @@ def force(monkeypatch):
         if way is not None:
             monkeypatch.setattr(block, "plan", lambda *arguments: way)
         if tile is not None:
-            monkeypatch.setattr(block, "tile", lambda *arguments: block.Tile(*tile))
+            monkeypatch.setattr(block, "product_tile", lambda *arguments: block.ProductTile(*tile))
 
     return force
 
@@ -277,25 +277,28 @@ def test_nan_and_infinity_go_where_eager_sends_them(way, value, activation, forc
 
 def test_plan():
     half, single = torch.float16, torch.float32
-    # (B, H, W), NQ, dtype, whether squeezing first costs less
+    # (B, C, H, W), NQ, dtype, whether squeezing first costs less
     for shape, projected, dtype, first, way in (
-        ((1, 8, 8), 768, half, False, "direct"),
-        ((1, 32, 32), 512, half, True, "direct"),
-        ((64, 32, 32), 512, half, True, "projected"),
-        ((64, 32, 32), 512, single, True, "squeezed"),
-        ((128, 7, 7), 512, half, False, "direct"),
-        ((1, 64, 128), 512, half, True, "projected"),
-        ((1, 64, 128), 512, single, True, "squeezed"),
-        ((1, 100, 3), 512, half, False, "squeezed"),
+        ((1, 256, 8, 8), 768, half, False, "direct"),
+        ((1, 192, 32, 32), 512, half, True, "direct"),
+        ((1, 192, 32, 32), 512, single, True, "direct"),
+        ((128, 192, 7, 7), 512, half, False, "direct"),
+        ((16, 192, 32, 32), 512, half, True, "squeezed"),
+        ((64, 192, 32, 32), 512, half, True, "projected"),
+        ((64, 512, 20, 20), 256, half, True, "squeezed"),  # the means of x are the more bytes
+        ((64, 192, 32, 32), 512, single, True, "squeezed"),
+        ((1, 192, 64, 128), 512, half, True, "squeezed"),
+        ((64, 192, 64, 128), 512, half, True, "projected"),
+        ((1, 192, 100, 3), 512, half, False, "squeezed"),
     ):
-        assert block.plan(*shape, projected, dtype, first) == way
+        assert block.plan(*shape, projected, dtype, first) == way, (shape, dtype)
 
 
 def test_tiles_fill_a_gpu_where_the_map_can(monkeypatch):
     monkeypatch.setattr(block, "INTERPRETED", False)
 
     def programs(choices, m, n, precision="ieee", dtype=torch.float16):
-        tile = block.tile(choices, m, n, 132, dtype, precision)
+        tile = block.product_tile(choices, m, n, 132, dtype, precision)
         return tile, tile.programs(m, n)
 
     for choices in (block._PRODUCT, block._FINISH):
@@ -379,7 +382,7 @@ def carved(monkeypatch):
 
 
 def test_the_workspace_is_the_map_and_little_more(carved, monkeypatch):
-    """Where a launch is not all that counts: five percent beyond the map."""
+    """Five percent where means and o lie in the map. The others are smaller."""
     Counter(monkeypatch)
     for case in CASES.values():
         for size in case.maps.values():
@@ -388,7 +391,7 @@ def test_the_workspace_is_the_map_and_little_more(carved, monkeypatch):
             carved.clear()
             of_the_map = 64 * size[0] * size[1] * case.projected
             more = sum(parts) - of_the_map
-            if size[0] * size[1] >= 10 * sum(size):
+            if len(parts) == 2:  # squeezing first
                 assert 20 * more <= of_the_map, (case, size)
             assert more <= of_the_map
 
@@ -428,7 +431,7 @@ def test_every_element_is_written_and_nothing_else(way, channels_last, dtype, fo
     out = run(module, x)
     # The interpreter allocates tensors of no element.
     guarded.blocks = [block for block in guarded.blocks if block.numel() > 2 * guarded.BAND]
-    assert len(guarded.blocks) == {"direct": 4, "squeezed": 5, "projected": 3}[way]
+    assert len(guarded.blocks) == {"direct": 4, "squeezed": 4, "projected": 3}[way]
     if way == "squeezed" and dtype is not torch.float32:  # of which halves may look like NaN
         scratch = guarded.blocks.pop()
         assert (scratch[: guarded.BAND] == 12288.0).all()

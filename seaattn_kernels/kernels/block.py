@@ -22,22 +22,23 @@ Three ways to the axis vectors, by :func:`plan`:
                  Small maps, where a launch costs more than reading the map again
     squeezed     squeeze sums the projected map: project, squeeze, attend, encode, finish
     projected    squeeze sums x, and attend projects the means, which commutes: squeeze, attend,
-                 encode, project, finish. Large maps in half precision. A mean rounds once where a
-                 mean of projections averages roundings, so float32 would need float64 here
+                 encode, project, finish. Half precision, where the bytes of NQ - C channels take
+                 longer than that. A mean rounds once where a mean of projections averages
+                 roundings, so float32 would need float64 here
 
 Pixels are counted through the batch. Products accumulate in float32; axis vectors, the depthwise
 stage and everything after a product are float32; o, e and the operands of products are in the dtype
 of x, as the map is.
 
 All launches share the current stream. In the first two ways each waits for the one before. In the
-third, squeeze to encode and project are independent, but where that way is taken each of them
-fills a GPU, so that side by side they would only share it; and one after the other they share
-memory: what is dead before the map is written lies in the map, so that the workspace is the map
-and e.
+third, squeeze to encode and project are independent. One after the other they share memory: what
+is dead before the map is written lies in the map, so that the workspace is the map and e. And that
+way is for large batches, where a launch is little beside the work of each.
 """
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -97,18 +98,20 @@ def padded(n):
 
 @triton.jit
 def load_weight(weight_ptr, n, k, N, K):
-    """``weight[n, k]`` as (k, n), zero outside."""
+    """``weight[n, k]`` as (k, n), zero outside. Rows are filled with zeros: a mask that ends with
+    them keeps loads of 16 bytes whole."""
     at = weight_ptr + n.to(tl.int64)[None, :] * padded(K) + k[:, None]
-    return tl.load(at, mask=(n < N)[None, :] & (k < K)[:, None], other=0.0)
+    return tl.load(at, mask=(n < N)[None, :] & (k < padded(K))[:, None], other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def project_kernel(
-    x_ptr, weight_ptr, bias_ptr, out_ptr, pixels, image, C, N, x_b, x_c, x_p,
+    x_ptr, weight_ptr, bias_ptr, out_ptr, B, image, C, N, x_b, x_c, x_p,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``out[p, n] = sum_c weight[n, c] x[p, c] + bias[n]``; ``image`` pixels in each image."""
     p, n = block_of(tl.program_id(0), N, BLOCK_M, BLOCK_N)
+    pixels = B * image
     x_ptr += (p // image).to(tl.int64)[:, None] * x_b + (p % image).to(tl.int64)[:, None] * x_p
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, C, BLOCK_K):
@@ -139,36 +142,30 @@ def mean(
 
 
 @triton.jit
-def vectors(
-    x_ptr, weight_ptr, bias_ptr, first, n, N, C, stride_n, stride_c, stride_t, terms, scale,
-    LENGTH: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr,
-    BLOCK_K: tl.constexpr, PROJECT: tl.constexpr, PRECISION: tl.constexpr,
+def project_means(
+    x_ptr, weight_ptr, bias_ptr, first, second, n, N, C, stride_n, stride_c, parts,
+    FIRST: tl.constexpr, SECOND: tl.constexpr, BLOCK: tl.constexpr, BLOCK_1: tl.constexpr,
+    BLOCK_2: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Channels ``first`` to ``first + LENGTH`` of an axis at the positions n, as (n, channel).
-
-    Means of the projected map, or the projection of means of x; in float32, zero outside.
-    """
-    c = tl.arange(0, BLOCK_C)
-    inside = (n < N)[:, None] & (c < LENGTH)[None, :]
-    if PROJECT:
-        total = tl.zeros([BLOCK, BLOCK_C], tl.float32)
-        weight_ptr += first.to(tl.int64) * padded(C)
-        for start in range(0, C, BLOCK_K):
-            k = start + tl.arange(0, BLOCK_K)
-            here = (n < N)[:, None] & (k < C)[None, :]
-            x = mean(
-                x_ptr, n, k, here, stride_n, stride_c, stride_t, terms, scale,
-                BLOCK, BLOCK_K, BLOCK_T,
-            )  # fmt: skip
-            weight = load_weight(weight_ptr, c, k, LENGTH, C)
-            total = tl.dot(x, weight, total, input_precision=PRECISION)
-        total += tl.load(bias_ptr + first + c, mask=c < LENGTH, other=0.0)[None, :]
-        return tl.where(inside, total, 0.0)
-    else:
-        return mean(
-            x_ptr, n, first + c, inside, stride_n, stride_c, stride_t, terms, scale,
-            BLOCK, BLOCK_C, BLOCK_T,
-        )  # fmt: skip
+    """The projection of means of x to FIRST channels from ``first`` on, and to SECOND from
+    ``second`` on, as (n, channel) in float32, zero outside. SECOND may be zero."""
+    c, d = tl.arange(0, BLOCK_1), tl.arange(0, BLOCK_2)
+    total = tl.zeros([BLOCK, BLOCK_1], tl.float32)
+    other = tl.zeros([BLOCK, BLOCK_2], tl.float32)
+    for start in range(0, C, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        here = (n < N)[:, None] & (k < C)[None, :]
+        x = mean(x_ptr, n, k, here, stride_n, stride_c, 1, parts, 1.0, BLOCK, BLOCK_K, 1)
+        weight = load_weight(weight_ptr + first.to(tl.int64) * padded(C), c, k, FIRST, C)
+        total = tl.dot(x, weight, total, input_precision=PRECISION)
+        if SECOND > 0:
+            weight = load_weight(weight_ptr + second.to(tl.int64) * padded(C), d, k, SECOND, C)
+            other = tl.dot(x, weight, other, input_precision=PRECISION)
+    inside = (n < N)[:, None] & (c < FIRST)[None, :]
+    total += tl.load(bias_ptr + first + c, mask=c < FIRST, other=0.0)[None, :]
+    other += tl.load(bias_ptr + second + d, mask=d < SECOND, other=0.0)[None, :]
+    in_other = (n < N)[:, None] & (d < SECOND)[None, :]
+    return tl.where(inside, total, 0.0), tl.where(in_other, other, 0.0)
 
 
 @triton.jit
@@ -179,13 +176,23 @@ def position(position_ptr, first, n, N, keys, D: tl.constexpr, BLOCK_D: tl.const
     return tl.load(at, mask=(n < N)[:, None] & (d < D)[None, :], other=0.0)
 
 
-_RUNTIME = ["H", "W", "row_parts", "column_parts", "programs", "rows", "heads", "scale", "slope"]
+_RUNTIME = [
+    "H",
+    "W",
+    "row_parts",
+    "column_parts",
+    "row_programs",
+    "rows",
+    "heads",
+    "scale",
+    "slope",
+]
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def attend_kernel(
     row_ptr, column_ptr, weight_ptr, bias_ptr, position_ptr, out_ptr, H, W, C,
-    row_parts, column_parts, programs, rows, heads, scale, slope,
+    row_parts, column_parts, row_programs, rows, heads, scale, slope,
     D: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, DIRECT: tl.constexpr,
     PROJECT: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
@@ -194,17 +201,18 @@ def attend_kernel(
 
     DIRECT: both pointers are the projected map (B, H, W, C). Otherwise they are means in parts,
     (B, C, H, row_parts) and (B, C, W, column_parts), of x where PROJECT, else of the map.
+    ``rows``: B*H. The first ``row_programs`` programs have queries on the rows.
     """
     pid = tl.program_id(0)
     keys = heads * D
-    on_rows = pid < programs
+    on_rows = pid < row_programs
     if on_rows:
         x_ptr, N, across, parts = row_ptr, H, W, row_parts
     else:
         x_ptr, N, across, parts = column_ptr, W, H, column_parts
         position_ptr += H * 2 * keys
-        out_ptr += rows * padded(heads * E)
-        pid -= programs
+        out_ptr += rows.to(tl.int64) * padded(heads * E)
+        pid -= row_programs
     b, head, i = owned(pid, N, heads, BLOCK)
     if DIRECT:
         x_ptr += b * H * W * C
@@ -214,53 +222,66 @@ def attend_kernel(
         x_ptr += b * C * N * parts
         stride_n, stride_c, stride_t = parts, N * parts, 1
         terms, factor = parts, 1.0
-    q = vectors(
-        x_ptr, weight_ptr, bias_ptr, head * D, i, N, C, stride_n, stride_c, stride_t, terms, factor,
-        D, BLOCK, BLOCK_D, BLOCK_T, BLOCK_K, PROJECT, PRECISION,
-    )  # fmt: skip
-    q = (q + position(position_ptr, head * D, i, N, keys, D, BLOCK_D)) * (scale * _LOG2E)
+    q_at, k_at, v_at = head * D, keys + head * D, 2 * keys + head * E
+    d, e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
+    in_q = (i < N)[:, None] & (d < D)[None, :]
+    if PROJECT:
+        q, _ = project_means(
+            x_ptr, weight_ptr, bias_ptr, q_at, q_at, i, N, C, stride_n, stride_c, parts,
+            D, 0, BLOCK, BLOCK_D, 16, BLOCK_K, PRECISION,
+        )  # fmt: skip
+    else:
+        q = mean(
+            x_ptr, i, q_at + d, in_q, stride_n, stride_c, stride_t, terms, factor,
+            BLOCK, BLOCK_D, BLOCK_T,
+        )  # fmt: skip
+    q = (q + position(position_ptr, q_at, i, N, keys, D, BLOCK_D)) * (scale * _LOG2E)
     largest = tl.full([BLOCK], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     out = tl.zeros([BLOCK, BLOCK_E], tl.float32)
     for start in range(0, N, BLOCK):
         j = start + tl.arange(0, BLOCK)
-        k = vectors(
-            x_ptr, weight_ptr, bias_ptr, keys + head * D, j, N, C,
-            stride_n, stride_c, stride_t, terms, factor,
-            D, BLOCK, BLOCK_D, BLOCK_T, BLOCK_K, PROJECT, PRECISION,
-        )  # fmt: skip
-        k += position(position_ptr, keys + head * D, j, N, keys, D, BLOCK_D)
-        v = vectors(
-            x_ptr, weight_ptr, bias_ptr, 2 * keys + head * E, j, N, C,
-            stride_n, stride_c, stride_t, terms, factor,
-            E, BLOCK, BLOCK_E, BLOCK_T, BLOCK_K, PROJECT, PRECISION,
-        )  # fmt: skip
+        if PROJECT:
+            k, v = project_means(
+                x_ptr, weight_ptr, bias_ptr, k_at, v_at, j, N, C, stride_n, stride_c, parts,
+                D, E, BLOCK, BLOCK_D, BLOCK_E, BLOCK_K, PRECISION,
+            )  # fmt: skip
+        else:
+            k = mean(
+                x_ptr, j, k_at + d, (j < N)[:, None] & (d < D)[None, :],
+                stride_n, stride_c, stride_t, terms, factor, BLOCK, BLOCK_D, BLOCK_T,
+            )  # fmt: skip
+            v = mean(
+                x_ptr, j, v_at + e, (j < N)[:, None] & (e < E)[None, :],
+                stride_n, stride_c, stride_t, terms, factor, BLOCK, BLOCK_E, BLOCK_T,
+            )  # fmt: skip
+        k += position(position_ptr, k_at, j, N, keys, D, BLOCK_D)
         s = scores(q, tl.trans(k), j, N, PRECISION)
         p, shrink, largest, total = online(s, largest, total)
         out = out * shrink[:, None] + tl.dot(p, v, input_precision=PRECISION)
     out = activate(out / total[:, None], slope, ACTIVATION)
-    e = tl.arange(0, BLOCK_E)
     at = out_ptr + (b * N + i)[:, None] * padded(heads * E) + head * E + e[None, :]
     inside = (i < N)[:, None] & (e < E)[None, :]
     tl.store(at, rounded(out, out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows", "columns", "programs"])
+@triton.jit(do_not_specialize=["rows", "columns", "row_programs"])
 def encode_kernel(
-    x_ptr, weight_ptr, bias_ptr, out_ptr, rows, columns, programs, N,
+    x_ptr, weight_ptr, bias_ptr, out_ptr, rows, columns, row_programs, N,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``out = We x + b`` of the positions on the rows, then of those on the columns.
 
-    A program owns BLOCK_M positions of one axis and BLOCK_N channels.
+    A program owns BLOCK_M positions of one axis and BLOCK_N channels; the first ``row_programs``
+    have rows.
     """
     pid = tl.program_id(0)
     pitch, length = padded(N), rows
-    if pid >= programs:
-        pid -= programs
+    if pid >= row_programs:
+        pid -= row_programs
         length = columns
-        x_ptr += rows * pitch
-        out_ptr += rows * pitch
+        x_ptr += rows.to(tl.int64) * pitch
+        out_ptr += rows.to(tl.int64) * pitch
         weight_ptr += N * pitch
         bias_ptr += N
     m, n = block_of(pid, N, BLOCK_M, BLOCK_N)
@@ -277,10 +298,10 @@ def encode_kernel(
     tl.store(out_ptr + at + n[None, :], rounded(total, out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["H", "slope"])
+@triton.jit(do_not_specialize=["B", "H", "W", "rows", "slope"])
 def finish_kernel(
     map_ptr, axis_ptr, dw_weight_ptr, dw_bias_ptr, pw_weight_ptr, pw_bias_ptr, proj_weight_ptr,
-    proj_bias_ptr, out_ptr, pixels, image, H, W, C, N, VALUES, first, rows,
+    proj_bias_ptr, out_ptr, B, image, H, W, C, N, VALUES, first, rows,
     out_b, out_c, out_p, slope,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     ACTIVATION: tl.constexpr, HARD: tl.constexpr, PRECISION: tl.constexpr,
@@ -293,7 +314,7 @@ def finish_kernel(
     p, c = block_of(tl.program_id(0), C, BLOCK_M, BLOCK_N)
     b, at = p // image, p % image
     h, w = at // W, at % W
-    here = p < pixels
+    here = p < B * image
     map_ptr += p.to(tl.int64)[:, None] * N
 
     detail = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -317,7 +338,7 @@ def finish_kernel(
 
     row_ptr = axis_ptr + (b * H + h).to(tl.int64)[:, None] * padded(VALUES)
     column_ptr = axis_ptr + (rows + b * W + w).to(tl.int64)[:, None] * padded(VALUES)
-    weight = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in tl.range(0, VALUES, BLOCK_K, num_stages=2):
         n = start + tl.arange(0, BLOCK_K)
         inside = here[:, None] & (n < VALUES)[None, :]
@@ -325,39 +346,50 @@ def finish_kernel(
         row = tl.load(row_ptr + n[None, :], mask=inside, other=0.0).to(tl.float32)
         column = tl.load(column_ptr + n[None, :], mask=inside, other=0.0).to(tl.float32)
         z = rounded(activate(v + (row + column), slope, ACTIVATION), out_ptr.dtype.element_ty)
-        weight = product(z, load_weight(proj_weight_ptr, c, n, C, VALUES), weight, PRECISION)
+        gate = product(z, load_weight(proj_weight_ptr, c, n, C, VALUES), gate, PRECISION)
 
     in_c = c < C
     detail += tl.load(pw_bias_ptr + c, mask=in_c, other=0.0)[None, :]
-    weight += tl.load(proj_bias_ptr + c, mask=in_c, other=0.0)[None, :]
+    gate += tl.load(proj_bias_ptr + c, mask=in_c, other=0.0)[None, :]
     out_ptr += b.to(tl.int64)[:, None] * out_b + at.to(tl.int64)[:, None] * out_p
     tl.store(
         out_ptr + c.to(tl.int64)[None, :] * out_c,
-        rounded(sigmoid(weight, HARD) * detail, out_ptr.dtype.element_ty),
+        rounded(sigmoid(gate, HARD) * detail, out_ptr.dtype.element_ty),
         mask=here[:, None] & in_c[None, :],
     )
 
 
 # --- blocks and ways, by the shape -----------------------------------------------------------
 
-#: Longest axis on which attend averages the map itself.
-_DIRECT_AXIS = 32
-#: What is read twice in the time of a launch, 2 us, at 4 TB/s.
-_DIRECT_BYTES = 4 << 20
+#: Longest axis on which attend averages the map itself, and what is read twice in the 2 us of a
+#: launch at 4 TB/s.
+_DIRECT_AXIS, _DIRECT_BYTES = 32, 4 << 20
+#: Of memory and of three TF32 products, on a GPU for servers, by the microsecond; and what a longer
+#: chain of steps costs attend.
+_BYTES, _FLOP, _CHAIN_US = 4e6, 1.5e8, 3.0
 
 
-def plan(b: int, h: int, w: int, projected: int, dtype: torch.dtype, squeeze_first: bool) -> str:
+def plan(
+    b: int, c: int, h: int, w: int, projected: int, dtype: torch.dtype, squeeze_first: bool
+) -> str:
     """The way to the axis vectors: see the head of this file.
 
-    ``squeeze_first``: whether projecting means costs less than averaging projections.
+    ``squeeze_first``: whether projecting means takes fewer FLOP and bytes than averaging
+    projections, at one rate for both. The means of x are the fewer bytes where C < NQ, but their
+    products are the slower ones, and are repeated for each block of queries.
     """
-    small = b * h * w * projected * dtype.itemsize <= _DIRECT_BYTES
-    if max(h, w) <= _DIRECT_AXIS and (small or not squeeze_first):
+    size = b * h * w * projected * dtype.itemsize
+    if max(h, w) <= _DIRECT_AXIS and (size <= _DIRECT_BYTES or not squeeze_first):
         return "direct"
-    return "projected" if squeeze_first and dtype.itemsize == 2 else "squeezed"
+    if squeeze_first and dtype.itemsize == 2:
+        saved_us = b * h * w * (projected - c) * dtype.itemsize / _BYTES
+        columns = sum(n * cdiv(n, attend_block(max(h, w))[0]) for n in (h, w))
+        if saved_us > 2 * b * columns * c * projected / _FLOP + _CHAIN_US:
+            return "projected"
+    return "squeezed"
 
 
-class Tile(NamedTuple):
+class ProductTile(NamedTuple):
     """Rows and columns of a product that a program owns, the step along its sum, and warps."""
 
     m: int
@@ -385,31 +417,32 @@ _FINISH += ((16, 16, 128, 8),)
 _EXACT = ((64, 64, 16, 8), (32, 64, 16, 4), (32, 32, 16, 4), (16, 32, 32, 4), (16, 16, 32, 4))
 
 
-def tile(
+@lru_cache(1024)
+def product_tile(
     choices: tuple[tuple[int, ...], ...],
     m: int,
     n: int,
     processors: int,
     dtype: torch.dtype,
     precision: str,
-) -> Tile:
+) -> ProductTile:
     """The first of the choices that gives every multiprocessor a program, or else the last."""
     wide = dtype is torch.float32
     exact = wide and precision == "ieee"
     widest = power_of_2(n, least=16)
     if INTERPRETED:  # which takes as long for a large tile as for a small one
-        return Tile(256, widest, 128, 4)
+        return ProductTile(256, widest, 128, 4)
     for block_m, block_n, block_k, warps in _EXACT if exact else choices:
         # A step of TF32 takes half the elements in as many bytes.
         block_k = block_k // 2 if wide and not exact else block_k
-        found = Tile(block_m, min(block_n, widest), block_k, warps)
+        found = ProductTile(block_m, min(block_n, widest), block_k, warps)
         if found.programs(m, n) >= processors:
             break
     return found
 
 
 def attend_block(n: int) -> tuple[int, int]:
-    """Queries, and keys at a time, of a program of attend on an axis so long, and its warps."""
+    """Of a program of attend on an axis so long: its queries, and keys at a time, and its warps."""
     return (16, 4) if n <= 16 else (32, 8)
 
 
@@ -458,26 +491,26 @@ def sea_attention(
     value_dim = values // heads
     # Eager makes the products of maps by convolutions.
     of_maps, of_axes = precision(x, torch.backends.cudnn.conv), fine_precision(x)
-    way = plan(b, h, w, projected, x.dtype, squeeze_first)
+    way = plan(b, c, h, w, projected, x.dtype, squeeze_first)
 
-    def tile_of(choices: tuple[tuple[int, ...], ...], m: int, n: int) -> Tile:
-        return tile(choices, m, n, multiprocessors(x.device), x.dtype, of_maps)
+    def tile_of(choices: tuple[tuple[int, ...], ...], m: int, n: int) -> ProductTile:
+        return product_tile(choices, m, n, multiprocessors(x.device), x.dtype, of_maps)
 
     def project(qkv: Tensor) -> None:
         block = tile_of(_PRODUCT, pixels, projected)
         launch(
             project_kernel, block.programs(pixels, projected),
-            x, qkv_weight, qkv_bias, qkv, pixels, h * w, c, projected,
+            x, qkv_weight, qkv_bias, qkv, b, h * w, c, projected,
             x.stride(0), x.stride(1), _pixel_stride(x), PRECISION=of_maps, **block.constants(x),
         )  # fmt: skip
 
     def attend(row: Tensor, column: Tensor, attended: Tensor, strips: int, bands: int) -> None:
         block, warps = attend_block(max(h, w))
-        programs, others = (b * heads * cdiv(n, block) for n in (h, w))
+        row_programs, others = (b * heads * cdiv(n, block) for n in (h, w))
         launch(
-            attend_kernel, programs + others,
+            attend_kernel, row_programs + others,
             row, column, axis_weight, qkv_bias, position, attended, h, w,
-            c if way == "projected" else projected, strips, bands, programs, rows, heads,
+            c if way == "projected" else projected, strips, bands, row_programs, rows, heads,
             key_dim**-0.5, negative_slope,
             D=key_dim, E=value_dim, BLOCK=block, BLOCK_D=power_of_2(key_dim, least=16),
             BLOCK_E=power_of_2(value_dim, least=16), BLOCK_T=8 if way == "direct" else 1,
@@ -487,10 +520,10 @@ def sea_attention(
 
     def encode(attended: Tensor, encoded: Tensor) -> None:
         block = tile_of(_PRODUCT, rows + columns, values)
-        programs, others = (block.programs(m, values) for m in (rows, columns))
+        row_programs, others = (block.programs(m, values) for m in (rows, columns))
         launch(
-            encode_kernel, programs + others,
-            attended, encode_weight, encode_bias, encoded, rows, columns, programs, values,
+            encode_kernel, row_programs + others,
+            attended, encode_weight, encode_bias, encoded, rows, columns, row_programs, values,
             PRECISION=of_maps, **block.constants(x),
         )  # fmt: skip
 
@@ -499,7 +532,7 @@ def sea_attention(
         launch(
             finish_kernel, block.programs(pixels, c),
             qkv, encoded, dw_weight, dw_bias, pw_weight, pw_bias, proj_weight, proj_bias, out,
-            pixels, h * w, h, w, c, projected, values, 2 * heads * key_dim, rows,
+            b, h * w, h, w, c, projected, values, 2 * heads * key_dim, rows,
             out.stride(0), out.stride(1), _pixel_stride(out), negative_slope,
             ACTIVATION=activation, HARD=hard, PRECISION=of_maps, **block.constants(x),
         )  # fmt: skip
@@ -514,9 +547,10 @@ def sea_attention(
         shape, strides = (b, projected, h, w), (h * w * projected, 1, w * projected, projected)
         cut = squeeze.cut(shape, True, x.device)
         size = _scratch_size(shape, cut, x.dtype)
-        qkv, attended, encoded, scratch = carve(x, map_size, axis_size, axis_size, size)
+        qkv, attended, scratch = carve(x, map_size, axis_size, max(size, axis_size))
+        encoded = scratch[:axis_size]  # the means are dead by then
         project(qkv)
-        means = _means(qkv.as_strided(shape, strides), cut, scratch.view(torch.float32))
+        means = _means(qkv.as_strided(shape, strides), cut, scratch[:size].view(torch.float32))
         attend(*means, attended, cut.strips, cut.bands)
         encode(attended, encoded)
     else:

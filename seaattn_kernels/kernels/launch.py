@@ -63,8 +63,9 @@ def power_of_2(n: int, least: int = 1, most: int = 1 << 30) -> int:
 def precision(x: Tensor, switch=None) -> str:
     """The input precision of products: PyTorch's TF32 switch of matmul for float32.
 
-    ``switch``: another one of ``torch.backends``. The factors are float32 whatever ``x`` is. TF32
-    drops their low bits without rounding: less than bfloat16 has lost, more than float16 has.
+    ``switch``: another one of ``torch.backends``. The factors of attention are float32 whatever
+    ``x`` is. TF32 drops their low bits without rounding: less than bfloat16 has lost, more than
+    float16 has. Factors in half precision take no notice.
     """
     if capability(x.device) < (8, 0) or x.dtype is torch.float16:
         return "ieee"
