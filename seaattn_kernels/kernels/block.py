@@ -383,7 +383,7 @@ def plan(
         return "direct"
     if squeeze_first and dtype.itemsize == 2:
         saved_us = b * h * w * (projected - c) * dtype.itemsize / _BYTES
-        columns = sum(n * cdiv(n, attend_block(max(h, w))[0]) for n in (h, w))
+        columns = sum(n * cdiv(n, attend_block(max(h, w), 0)[0]) for n in (h, w))
         if saved_us > 2 * b * columns * c * projected / _FLOP + _CHAIN_US:
             return "projected"
     return "squeezed"
@@ -441,9 +441,13 @@ def product_tile(
     return found
 
 
-def attend_block(n: int) -> tuple[int, int]:
-    """Of a program of attend on an axis so long: its queries, and keys at a time, and its warps."""
-    return (16, 4) if n <= 16 else (32, 8)
+def attend_block(n: int, head: int) -> tuple[int, int]:
+    """Of a program of attend: its queries, and keys at a time, and its warps.
+
+    ``n``: the longer axis; ``head``: D + E, padded.
+    """
+    block = 16 if n <= 16 else 32
+    return block, 4 if block == 16 and head <= 128 else 8
 
 
 def carve(x: Tensor, *sizes: int) -> tuple[Tensor, ...]:
@@ -505,17 +509,18 @@ def sea_attention(
         )  # fmt: skip
 
     def attend(row: Tensor, column: Tensor, attended: Tensor, strips: int, bands: int) -> None:
-        block, warps = attend_block(max(h, w))
+        block_d, block_e = power_of_2(key_dim, least=16), power_of_2(value_dim, least=16)
+        block, warps = attend_block(max(h, w), block_d + block_e)
         row_programs, others = (b * heads * cdiv(n, block) for n in (h, w))
         launch(
             attend_kernel, row_programs + others,
             row, column, axis_weight, qkv_bias, position, attended, h, w,
             c if way == "projected" else projected, strips, bands, row_programs, rows, heads,
             key_dim**-0.5, negative_slope,
-            D=key_dim, E=value_dim, BLOCK=block, BLOCK_D=power_of_2(key_dim, least=16),
-            BLOCK_E=power_of_2(value_dim, least=16), BLOCK_T=8 if way == "direct" else 1,
-            BLOCK_K=32, DIRECT=way == "direct", PROJECT=way == "projected", ACTIVATION=activation,
-            PRECISION=of_axes, num_warps=warps, num_stages=1, **all_registers(x),
+            D=key_dim, E=value_dim, BLOCK=block, BLOCK_D=block_d, BLOCK_E=block_e,
+            BLOCK_T=8 if way == "direct" else 1, BLOCK_K=32, DIRECT=way == "direct",
+            PROJECT=way == "projected", ACTIVATION=activation, PRECISION=of_axes,
+            num_warps=warps, num_stages=1, **all_registers(x),
         )  # fmt: skip
 
     def encode(attended: Tensor, encoded: Tensor) -> None:
