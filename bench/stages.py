@@ -21,7 +21,6 @@ from bench.cases import CASES, Case
 
 #: A kernel that waits for the one before in a CUDA graph.
 LAUNCH_US = 2.0
-BATCHES = (1, 64)
 #: What folded PyTorch launches, and how often it reads or writes a map of C, NQ and DH channels.
 FOLDED_LAUNCHES, FOLDED_MAPS = 20, (10, 6, 7)
 #: The part of the rate that products in exact float32 reach: from a library, and in these kernels,
@@ -63,7 +62,7 @@ def stages(
     target: static.Target,
     dtype: torch.dtype = torch.float16,
     cases: Sequence[Case] = tuple(CASES.values()),
-    batches: Sequence[int] = BATCHES,
+    batches: Sequence[int] = static.BATCHES,
 ) -> list[Stage]:
     """Every case at every map and batch."""
     calls = [
@@ -157,7 +156,7 @@ def exact_float32_us(
     return fused, folded + folded_bytes / (target.gbytes * 1e3)
 
 
-def crossover_flops(target: static.Target, batches: Sequence[int] = BATCHES) -> float:
+def crossover_flops(target: static.Target, batches: Sequence[int] = static.BATCHES) -> float:
     """FLOP of the largest call below which these kernels always win in exact float32, by the model;
     infinity where they win everywhere."""
     calls = [

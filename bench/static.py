@@ -349,7 +349,8 @@ _RELU6 = ACTIVATIONS.index("relu6")
 #: Maps of blocks that take each way to the axis vectors, and maps of odd sizes.
 _MAPS = ((1, 16, 16), (16, 32, 32), (64, 32, 32), (1, 7, 7), (1, 20, 20), (1, 100, 3), (1, 1, 1))
 _MAPS += ((1, 300, 300), (2, 1024, 1024), (1, 64, 128))
-_BATCHES = (1, 64)
+#: Of latency and of throughput.
+BATCHES = (1, 64)
 
 
 def _examples(dtypes: Sequence[torch.dtype]) -> Iterator[tuple[str, Callable[[], None]]]:
@@ -382,7 +383,7 @@ def _examples(dtypes: Sequence[torch.dtype]) -> Iterator[tuple[str, Callable[[],
 def _examples_of_blocks(dtypes: Sequence[torch.dtype]) -> Iterator[tuple[str, Callable[[], None]]]:
     """Every stage in float16 on maps as models hold them, then what differs from that."""
     half = [dtype for dtype in dtypes if dtype.itemsize == 2]
-    cases = itertools.product(half, CASES.values(), _BATCHES)
+    cases = itertools.product(half, CASES.values(), BATCHES)
     for dtype, case, batch in cases:
         for h, w in case.maps.values():
             x = _empty(batch, case.channels, h, w, dtype=dtype)
