@@ -94,6 +94,31 @@ class PackedWeights(NamedTuple):
     position: Tensor  # (H + W, 2*heads*D)
 
 
+class PanelWeights(NamedTuple):
+    """What the C++ kernel takes as ``weights``: outputs in panels of sixteen, float32 throughout.
+
+    ``N''`` is N in panels. Queries and keys are filled up to whole panels with zeros, and so are
+    values, before they stand side by side: ``P`` panels.
+    """
+
+    qkv_weight: Tensor  # (P, C, 16)
+    qkv_bias: Tensor  # (P*16,)
+    dw_weight: Tensor  # (P, 9, 16)
+    dw_bias: Tensor  # (P*16,)
+    pw_weight: Tensor  # (C'', P*16, 16)
+    pw_bias: Tensor  # (C''*16,)
+    encode_weight: Tensor  # (2, DH'', DH, 16): of the row, of the column
+    encode_bias: Tensor  # (2, DH''*16)
+    proj_weight: Tensor  # (C'', DH, 16)
+    proj_bias: Tensor  # (C''*16,)
+    position: Tensor  # (2*heads*D, H''*16 + W''*16)
+
+
+def _panels(weight: Tensor) -> Tensor:
+    """``(N, K) -> (N'', K, 16)``."""
+    return _padded(weight, 0).unflatten(0, (-1, 16)).transpose(1, 2).contiguous()
+
+
 def _padded(x: Tensor, *dims: int) -> Tensor:
     """``x`` with zeros up to a multiple of 16 along some dimensions."""
     padding = [0, 0] * x.dim()
@@ -102,8 +127,13 @@ def _padded(x: Tensor, *dims: int) -> Tensor:
     return F.pad(x, padding).contiguous()
 
 
-#: What weights are kept for: the dtype and the size of a map, and whether they are packed.
-_Key = tuple[torch.dtype, int, int, bool]
+Weights = BlockWeights | PackedWeights | PanelWeights
+
+#: How the kernels of a backend take their weights.
+_KINDS = {"reference": BlockWeights, "triton": PackedWeights, "cpu": PanelWeights}
+
+#: What weights are kept for: the dtype and the size of a map, and the backend.
+_Key = tuple[torch.dtype, int, int, str]
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,40 +166,46 @@ class FoldedWeights:
         return self.convolutions[7].shape[0] // self.heads
 
     def weights(
-        self, dtype: torch.dtype, height: int, width: int, packed: bool = False
-    ) -> BlockWeights | PackedWeights:
-        """The tensors for a map of this dtype and size; kept for the last :data:`MAP_SIZES`.
-
-        ``packed``: as :class:`PackedWeights`.
-        """
-        key = (dtype, height, width, packed)
+        self, dtype: torch.dtype, height: int, width: int, backend: str = "reference"
+    ) -> Weights:
+        """The tensors for a map of this dtype and size; kept for the last :data:`MAP_SIZES`."""
+        key = (dtype, height, width, backend)
         if traced():
-            return self._make(key, self._cast(dtype, packed))
+            return self._make(key, self._cast(dtype, _KINDS[backend]))
         ready = self._ready.get(key)
         return self._prepare(key) if ready is None else ready
 
-    def _prepare(self, key: _Key) -> BlockWeights | PackedWeights:
+    def _prepare(self, key: _Key) -> Weights:
         # Without a lock, which a fork could leave held: threads at worst do the same work twice.
-        dtype, _, _, packed = key
+        dtype, _, _, backend = key
+        kind = _KINDS[backend]
+        dtype = torch.float32 if kind is PanelWeights else dtype
         with torch.no_grad():
-            if (dtype, packed) not in self._casts:
-                self._casts[dtype, packed] = self._cast(dtype, packed)
-            ready = self._make(key, self._casts[dtype, packed])
+            if (dtype, kind) not in self._casts:
+                self._casts[dtype, kind] = self._cast(dtype, kind)
+            ready = self._make(key, self._casts[dtype, kind])
         for old in list(self._ready)[: 1 - MAP_SIZES]:
             self._ready.pop(old, None)
         self._ready[key] = ready
         return ready
 
-    def _make(self, key: _Key, casts: list[Tensor]) -> BlockWeights | PackedWeights:
-        _, height, width, packed = key
-        position = self._position(height, width)
-        if packed:
-            return PackedWeights(*casts, position.t().contiguous())
-        return BlockWeights(*casts, position)
+    def _make(self, key: _Key, casts: list[Tensor]) -> Weights:
+        _, height, width, backend = key
+        kind = _KINDS[backend]
+        row, column = self._position(height), self._position(width, of_columns=True)
+        if kind is PanelWeights:
+            position = torch.cat([_padded(row, 1), _padded(column, 1)], dim=1)
+        else:
+            position = torch.cat([row, column], dim=1)
+        if kind is PackedWeights:
+            position = position.t().contiguous()
+        return kind(*casts, position)
 
-    def _cast(self, dtype: torch.dtype, packed: bool) -> list[Tensor]:
-        if packed:
+    def _cast(self, dtype: torch.dtype, kind: type[Weights]) -> list[Tensor]:
+        if kind is PackedWeights:
             return self._pack(dtype)
+        if kind is PanelWeights:
+            return self._cut()
         tensors = [t if t.dim() == 1 else t.to(dtype) for t in self.convolutions]
         wider = _widest(self.device) if dtype.itemsize >= 4 else self.dtype
         axis_weight = self.convolutions[0].to(wider)
@@ -187,11 +223,26 @@ class FoldedWeights:
             _padded(proj, 1).to(dtype), bias, axis,
         ]  # fmt: skip
 
-    def _position(self, height: int, width: int) -> Tensor:
-        row_q, row_k, column_q, column_k = self.tables
-        row = reference.interpolate(torch.cat([row_q, row_k], dim=1), height)
-        column = reference.interpolate(torch.cat([column_q, column_k], dim=1), width)
-        return torch.cat([row, column], dim=2)[0]
+    def _cut(self) -> list[Tensor]:
+        qkv, qkv_bias, dw, dw_bias, pw, pw_bias, row, row_bias, column, column_bias, proj, bias = (
+            self.convolutions
+        )
+        keys = 2 * self.heads * self.key_dim
+
+        def whole(t: Tensor) -> Tensor:
+            return torch.cat([_padded(t[:keys], 0), _padded(t[keys:], 0)])
+
+        return [
+            _panels(whole(qkv)), whole(qkv_bias), _panels(whole(dw.flatten(1))), whole(dw_bias),
+            _panels(whole(pw.t()).t()), _padded(pw_bias, 0),
+            torch.stack([_panels(row), _panels(column)]),
+            _padded(torch.stack([row_bias, column_bias]), 1),
+            _panels(proj), _padded(bias, 0),
+        ]  # fmt: skip
+
+    def _position(self, length: int, of_columns: bool = False) -> Tensor:
+        tables = self.tables[2:] if of_columns else self.tables[:2]
+        return reference.interpolate(torch.cat(tables, dim=1), length)[0]
 
 
 def _widest(device: torch.device) -> torch.dtype:

@@ -38,9 +38,6 @@ from seaattn_kernels.checks import (
 from seaattn_kernels.crossover import EXACT_FLOAT32_FLOPS
 from seaattn_kernels.overloads import OPERATORS, OVERLOADS, REFERENCE
 
-#: The overload that takes packed weights.
-_PACKED = OVERLOADS["sea_attention"]["triton"]
-
 BACKENDS = ("auto", "reference", "triton", "cpu", "cuda")
 
 #: D and E of the widest heads whose tiles fit into the registers of a GPU.
@@ -76,7 +73,7 @@ def _flops_axial_attention_pair_backward(row_gradient, column_gradient, *rest, *
 
 
 def _flops_sea_attention(x, weights, heads, key_dim, *args, **kwargs) -> int:
-    return _flops_of_block(x, heads * key_dim, weights[7][-1])
+    return _flops_of_block(x, heads * key_dim, weights[6][-2])
 
 
 def _flops_of_block(x, keys: int, values: int) -> int:
@@ -262,11 +259,14 @@ def choose(
     return chosen
 
 
-def _overload(operator: str, backend: str, x: Tensor, head: tuple[int, int] = (0, 0)) -> Callable:
+def _select(
+    operator: str, backend: str, x: Tensor, head: tuple[int, int] = (0, 0)
+) -> tuple[Callable, str]:
+    """The overload that runs, and its backend."""
     if not torch.compiler.is_compiling() and "torch.utils.flop_counter" in sys.modules:
         _register_flop_formulas()
     chosen = choose(operator, backend, x.device, x.dtype, head)
-    return REFERENCE[operator] if transformed() else OVERLOADS[operator][chosen]
+    return REFERENCE[operator] if transformed() else OVERLOADS[operator][chosen], chosen
 
 
 # --- public functions ------------------------------------------------------------------------
@@ -290,7 +290,8 @@ def axial_squeeze(x: Tensor, backend: str = "auto") -> tuple[Tensor, Tensor]:
         RuntimeError: where an explicit backend cannot run, with the reason.
     """
     check_tensor("x", x, "B, C, H, W")
-    return _overload("axial_squeeze", backend, x)(x)
+    overload, _ = _select("axial_squeeze", backend, x)
+    return overload(x)
 
 
 def axial_attention(
@@ -321,7 +322,7 @@ def axial_attention(
     check_divides(heads, q=q, v=v)
     check_number("scale", scale)
     q, k, v = unify("q k v", (q, k, v), cast=True)
-    overload = _overload("axial_attention", backend, q, (q.shape[1] // heads, v.shape[1] // heads))
+    overload, _ = _select("axial_attention", backend, q, (q.shape[1] // heads, v.shape[1] // heads))
     with autocast_off(q.device):
         return overload(q, k, v, heads, scale)
 
@@ -376,7 +377,7 @@ def axial_attention_pair(
         check_shape(name, table, (1, heads * key_dim, table.shape[2]), "(1, heads*D, P)")
     tensors = unify(names, (row, column, *tables), cast=True)
     head = (key_dim, row.shape[1] // heads - 2 * key_dim)
-    overload = _overload("axial_attention_pair", backend, tensors[0], head)
+    overload, _ = _select("axial_attention_pair", backend, tensors[0], head)
     with autocast_off(row.device):
         return overload(*tensors, heads, key_dim, scale)
 
@@ -417,7 +418,8 @@ def broadcast_add(
     code = activation_code(activation)
     check_number("negative_slope", negative_slope)
     v, row, column = unify("v row column", (v, row, column), cast=False)
-    return _overload("broadcast_add", backend, v)(v, row, column, code, float(negative_slope))
+    overload, _ = _select("broadcast_add", backend, v)
+    return overload(v, row, column, code, float(negative_slope))
 
 
 def gate(x: Tensor, y: Tensor, hard: bool = True, backend: str = "auto") -> Tensor:
@@ -441,7 +443,8 @@ def gate(x: Tensor, y: Tensor, hard: bool = True, backend: str = "auto") -> Tens
     check_tensor("y", y, "B, C, H, W")
     check_shape("y", y, x.shape, "like x")
     x, y = unify("x y", (x, y), cast=False)
-    return _overload("gate", backend, x)(x, y, bool(hard))
+    overload, _ = _select("gate", backend, x)
+    return overload(x, y, bool(hard))
 
 
 def sea_attention(x: Tensor, folded, backend: str = "auto") -> Tensor:
@@ -479,11 +482,11 @@ def sea_attention(x: Tensor, folded, backend: str = "auto") -> Tensor:
     if backend == _AUTO == "auto" and _folded_is_faster(x, folded):
         backend = "reference"
     head = folded.key_dim, folded.value_dim
-    overload = _overload("sea_attention", backend, x, head)
+    overload, backend = _select("sea_attention", backend, x, head)
     with autocast_off(x.device):
         return overload(
             x,
-            folded.weights(x.dtype, x.shape[2], x.shape[3], overload is _PACKED),
+            folded.weights(x.dtype, x.shape[2], x.shape[3], backend),
             folded.heads,
             folded.key_dim,
             folded.activation_code,

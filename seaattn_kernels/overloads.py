@@ -46,7 +46,7 @@ SCHEMAS = {
 #: The operators that each backend has in this version.
 OPERATORS = {
     "reference": tuple(name for name in SCHEMAS if not name.endswith("_backward")),
-    "cpu": ("axial_squeeze",),
+    "cpu": ("axial_squeeze", "sea_attention"),
     "triton": (
         "axial_squeeze",
         "axial_attention",

@@ -458,7 +458,7 @@ def test_padding_is_never_read(way, force, monkeypatch):
 
 def arguments(module, x):
     folded = module._folds.get(module)
-    weights = list(folded.weights(x.dtype, *x.shape[2:], packed=True))
+    weights = list(folded.weights(x.dtype, *x.shape[2:], backend="triton"))
     return x, weights, folded.heads, folded.key_dim, folded.activation_code, 0.0, folded.hard
 
 

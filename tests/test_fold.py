@@ -98,7 +98,7 @@ def test_packed_weights_are_the_plain_ones_beside_zeros(dtype):
     block = verify.randomise(SeaAttention(33, 5, 3, attn_ratio=1.5)).eval()
     folded = cached(block)
     plain = folded.weights(dtype, 6, 7)
-    packed = folded.weights(dtype, 6, 7, packed=True)
+    packed = folded.weights(dtype, 6, 7, "triton")
     dh, c = 21, 33  # and NQ = 51
     assert {name: tuple(t.shape) for name, t in packed._asdict().items()} == {
         "qkv_weight": (64, 48), "qkv_bias": (64,), "dw_weight": (9, 64), "dw_bias": (64,),
@@ -122,9 +122,55 @@ def test_packed_weights_are_the_plain_ones_beside_zeros(dtype):
         inside = tuple(slice(n) for n in expected.shape)
         assert torch.equal(found[inside], expected), name
         assert found.count_nonzero() == expected.count_nonzero(), name
-    assert folded.weights(dtype, 6, 7, packed=True) is packed
+    assert folded.weights(dtype, 6, 7, "triton") is packed
     assert folded.weights(dtype, 6, 7) is plain
-    assert folded.weights(dtype, 9, 5, packed=True).pw_weight is packed.pw_weight
+    assert folded.weights(dtype, 9, 5, "triton").pw_weight is packed.pw_weight
+
+
+def test_weights_in_panels_are_the_plain_ones_beside_zeros():
+    block = verify.randomise(SeaAttention(33, 5, 3, attn_ratio=1.5)).eval()
+    folded = cached(block)
+    plain = folded.weights(torch.float32, 6, 17)
+    panels = folded.weights(torch.float32, 6, 17, "cpu")
+    dh, c, keys = 21, 33, 30  # and NQ = 51: two panels of keys, two of values
+    assert {name: tuple(t.shape) for name, t in panels._asdict().items()} == {
+        "qkv_weight": (4, c, 16), "qkv_bias": (64,), "dw_weight": (4, 9, 16), "dw_bias": (64,),
+        "pw_weight": (3, 64, 16), "pw_bias": (48,), "encode_weight": (2, 2, dh, 16),
+        "encode_bias": (2, 32), "proj_weight": (3, dh, 16), "proj_bias": (48,),
+        "position": (keys, 16 + 32),
+    }  # fmt: skip
+    assert all(t.is_contiguous() for t in panels)
+    # Where each output, and each of q, k and v, has gone.
+    gap = [*range(keys), *range(32, 32 + dh)]
+
+    def rows(weight):
+        return weight.transpose(-1, -2).flatten(-3, -2)
+
+    pairs = {
+        "qkv_weight": (rows(panels.qkv_weight)[gap], plain.qkv_weight),
+        "qkv_bias": (panels.qkv_bias[gap], plain.qkv_bias),
+        "dw_weight": (rows(panels.dw_weight)[gap], plain.dw_weight.flatten(1)),
+        "dw_bias": (panels.dw_bias[gap], plain.dw_bias),
+        "pw_weight": (rows(panels.pw_weight)[:c, gap], plain.pw_weight),
+        "pw_bias": (panels.pw_bias[:c], plain.pw_bias),
+        "encode_weight": (
+            rows(panels.encode_weight)[:, :dh],
+            torch.stack([plain.row_weight, plain.column_weight]),
+        ),
+        "encode_bias": (
+            panels.encode_bias[:, :dh], torch.stack([plain.row_bias, plain.column_bias])
+        ),
+        "proj_weight": (rows(panels.proj_weight)[:c], plain.proj_weight),
+        "proj_bias": (panels.proj_bias[:c], plain.proj_bias),
+        "position": (panels.position[:, [*range(6), *range(16, 33)]], plain.position),
+    }  # fmt: skip
+    for name, (found, expected) in pairs.items():
+        assert torch.equal(found, expected), name
+        assert getattr(panels, name).count_nonzero() == expected.count_nonzero(), name
+    assert folded.weights(torch.float32, 6, 17, "cpu") is panels
+    half = folded.weights(torch.bfloat16, 9, 5, "cpu")
+    assert half.pw_weight is panels.pw_weight
+    assert half.position.dtype is torch.float32
 
 
 def test_shapes():

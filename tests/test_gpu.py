@@ -286,7 +286,6 @@ def test_inference_takes_the_fused_block_by_itself(monkeypatch):
     )
     block, x = block_and_map("direct")
     block.backend = "auto"
-    monkeypatch.setattr(ops, "_PACKED", ops.OVERLOADS["sea_attention"]["triton"])
     with torch.no_grad():
         block(x)
     assert bool(taken) is (torch.cuda.get_device_capability() >= (8, 0))

@@ -11,6 +11,7 @@
 #include <tuple>
 #include <vector>
 
+#include "block.h"
 #include "simd.h"
 #include "squeeze.h"
 
@@ -147,11 +148,79 @@ at::Tensor axial_squeeze_backward(const at::Tensor& grad_row, const at::Tensor& 
   return grad;
 }
 
+template <typename T>
+MapOf<T> map_of(T* data, const at::Tensor& x) {
+  // The stride of an axis of one means nothing.
+  return {data, x.stride(0), x.stride(1), x.stride(2), x.size(3) == 1 ? 1 : x.stride(3)};
+}
+
+// Numbers from a list of weights, with the sizes that they must have.
+const float* weight_of(const at::Tensor& weight, at::IntArrayRef sizes, const char* name) {
+  TORCH_CHECK(weight.sizes() == sizes && weight.scalar_type() == at::kFloat &&
+                  weight.device().is_cpu() && weight.is_contiguous(),
+              "sea_attention: ", name, " must be contiguous float32 of ", sizes,
+              " on the CPU, got ", weight.scalar_type(), " ", weight.sizes());
+  return weight.const_data_ptr<float>();
+}
+
+at::Tensor sea_attention(const at::Tensor& input, at::TensorList weights, int64_t heads,
+                         int64_t key_dim, int64_t activation, double negative_slope, bool hard) {
+  TORCH_CHECK(input.dim() == 4 && input.size(1) > 0 && input.size(2) > 0 && input.size(3) > 0,
+              "sea_attention: x must be (B, C, H, W) with C, H, W >= 1, got ", input.sizes());
+  TORCH_CHECK(weights.size() == 11 && weights[6].dim() == 4,
+              "sea_attention: weights must be the eleven of fold.PanelWeights");
+  TORCH_CHECK(heads > 0 && key_dim > 0 && weights[6].size(2) % heads == 0,
+              "sea_attention: heads and key_dim must be positive and divide the values, got ",
+              heads, " and ", key_dim);
+  TORCH_CHECK(0 <= activation && activation < 5, "sea_attention: no activation ", activation);
+  const bool channels_last = is_channels_last(input);
+  const at::Tensor x =
+      channels_last || input.stride(3) == 1 || input.size(3) == 1 ? input : input.contiguous();
+  const BlockSizes sizes = {x.size(1),  x.size(2),
+                            x.size(3),  heads,
+                            key_dim,    weights[6].size(2) / heads,
+                            activation, static_cast<float>(negative_slope),
+                            hard};
+  const int64_t projected = sizes.panels(), values = sizes.value_panels(), lanes = kPanel;
+  const int64_t channels = panels_of(sizes.channels);
+  const BlockWeights folded = {
+      weight_of(weights[0], {projected, sizes.channels, lanes}, "qkv_weight"),
+      weight_of(weights[1], {projected * lanes}, "qkv_bias"),
+      weight_of(weights[2], {projected, 9, lanes}, "dw_weight"),
+      weight_of(weights[3], {projected * lanes}, "dw_bias"),
+      weight_of(weights[4], {channels, projected * lanes, lanes}, "pw_weight"),
+      weight_of(weights[5], {channels * lanes}, "pw_bias"),
+      weight_of(weights[6], {2, values, sizes.values(), lanes}, "encode_weight"),
+      weight_of(weights[7], {2, values * lanes}, "encode_bias"),
+      weight_of(weights[8], {channels, sizes.values(), lanes}, "proj_weight"),
+      weight_of(weights[9], {channels * lanes}, "proj_bias"),
+      weight_of(weights[10], {2 * heads * key_dim, sizes.axis_length()}, "position")};
+  at::Tensor out =
+      at::empty(x.sizes(), x.options(),
+                channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous);
+  if (x.size(0) == 0) return out;
+  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  const at::Tensor scratch =
+      at::empty({block_scratch(sizes, x.size(0), threads)}, x.options().dtype(at::kFloat));
+  const Run run = [](int64_t count, const std::function<void(int64_t)>& task) {
+    at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) task(i);
+    });
+  };
+  SEAATTN_DISPATCH(x.scalar_type(), "sea_attention", [&] {
+    run_block(sizes, folded, x.size(0), map_of(x.const_data_ptr<scalar_t>(), x),
+              map_of(out.mutable_data_ptr<scalar_t>(), out), threads, run,
+              scratch.mutable_data_ptr<float>());
+  });
+  return out;
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(seaattn_kernels, CPU, library) {
   library.impl("axial_squeeze.cpu", axial_squeeze);
   library.impl("axial_squeeze_backward.cpu", axial_squeeze_backward);
+  library.impl("sea_attention.cpu", sea_attention);
 }
 
 }  // namespace seaattn

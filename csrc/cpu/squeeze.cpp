@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "lanes.h"
 #include "simd.h"
 
 namespace seaattn {
@@ -15,24 +16,6 @@ namespace {
 constexpr int64_t kRunOfRows = 16;
 constexpr int64_t kRunOfElements = 2048;  // 128 a lane
 constexpr int64_t kRunOfPixels = 16;
-
-// A vector of the language, which the compiler cuts to the registers that there are.
-constexpr int64_t kLanes = 16;
-typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float))));
-
-template <typename T>
-SEAATTN_INLINE Lanes load(const T* from) {
-  Lanes lanes;
-  for (int64_t l = 0; l < kLanes; ++l) lanes[l] = static_cast<float>(from[l]);
-  return lanes;
-}
-
-template <>
-SEAATTN_INLINE Lanes load(const float* from) {
-  Lanes lanes;
-  std::memcpy(&lanes, from, sizeof(lanes));
-  return lanes;
-}
 
 template <typename T>
 SEAATTN_INLINE T rounded(double sum, double reciprocal) {
@@ -72,9 +55,9 @@ SEAATTN_INLINE void add_rows(const T* x, int64_t row_stride, int64_t width, floa
   }
 }
 
-template <typename T>
+template <typename T, typename Mean>
 SEAATTN_INLINE void squeeze_plane_body(const T* x, int64_t height, int64_t width,
-                                       int64_t row_stride, T* row, T* column,
+                                       int64_t row_stride, Mean* row, Mean* column,
                                        SqueezeScratch scratch) {
   constexpr int kRows = 4;
   const double per_width = 1.0 / width, per_height = 1.0 / height;
@@ -88,21 +71,21 @@ SEAATTN_INLINE void squeeze_plane_body(const T* x, int64_t height, int64_t width
     for (; i + kRows <= last; i += kRows) {
       double sums[kRows] = {};
       add_rows<kRows>(x + i * row_stride, row_stride, width, run, sums);
-      for (int r = 0; r < kRows; ++r) row[i + r] = rounded<T>(sums[r], per_width);
+      for (int r = 0; r < kRows; ++r) row[i + r] = rounded<Mean>(sums[r], per_width);
     }
     for (; i < last; ++i) {
       double sum = 0.0;
       add_rows<1>(x + i * row_stride, row_stride, width, run, &sum);
-      row[i] = rounded<T>(sum, per_width);
+      row[i] = rounded<Mean>(sum, per_width);
     }
     for (int64_t j = 0; j < width; ++j) total[j] += run[j];
   }
-  for (int64_t j = 0; j < width; ++j) column[j] = rounded<T>(total[j], per_height);
+  for (int64_t j = 0; j < width; ++j) column[j] = rounded<Mean>(total[j], per_height);
 }
 
-template <typename T>
+template <typename T, typename Mean>
 SEAATTN_INLINE void squeeze_channels_body(const T* x, int64_t height, int64_t width,
-                                          int64_t channels, int64_t stride, T* row, T* column,
+                                          int64_t channels, int64_t stride, Mean* row, Mean* column,
                                           SqueezeScratch scratch) {
   const int64_t line_size = width * channels;
   const double per_width = 1.0 / width, per_height = 1.0 / height;
@@ -129,14 +112,14 @@ SEAATTN_INLINE void squeeze_channels_body(const T* x, int64_t height, int64_t wi
         }
         for (int64_t c = 0; c < channels; ++c) sum[c] += part[c];
       }
-      for (int64_t c = 0; c < channels; ++c) row[c * height + i] = rounded<T>(sum[c], per_width);
+      for (int64_t c = 0; c < channels; ++c) row[c * height + i] = rounded<Mean>(sum[c], per_width);
     }
 #pragma omp simd
     for (int64_t k = 0; k < line_size; ++k) total[k] += run[k];
   }
   for (int64_t c = 0; c < channels; ++c) {
     for (int64_t j = 0; j < width; ++j) {
-      column[c * width + j] = rounded<T>(total[j * channels + c], per_height);
+      column[c * width + j] = rounded<Mean>(total[j * channels + c], per_height);
     }
   }
 }
@@ -171,19 +154,20 @@ SEAATTN_INLINE void spread_line_body(const T* row, const T* column, int64_t heig
 }  // namespace
 
 // Clones need functions that are no templates: one set for each dtype.
-#define SEAATTN_INSTANTIATE(T)                                                                     \
-  template <>                                                                                      \
-  SEAATTN_CLONES void squeeze_plane<T>(const T* x, int64_t height, int64_t width,                  \
-                                       int64_t row_stride, T* row, T* column,                      \
-                                       SqueezeScratch scratch) {                                   \
-    squeeze_plane_body(x, height, width, row_stride, row, column, scratch);                        \
-  }                                                                                                \
-  template <>                                                                                      \
-  SEAATTN_CLONES void squeeze_channels<T>(const T* x, int64_t height, int64_t width,               \
-                                          int64_t channels, int64_t stride, T* row, T* column,     \
-                                          SqueezeScratch scratch) {                                \
-    squeeze_channels_body(x, height, width, channels, stride, row, column, scratch);               \
-  }                                                                                                \
+#define SEAATTN_SQUEEZE(T, Mean)                                                       \
+  template <>                                                                          \
+  SEAATTN_CLONES void squeeze_plane<T>(const T* x, int64_t height, int64_t width,      \
+                                       int64_t row_stride, Mean* row, Mean* column,    \
+                                       SqueezeScratch scratch) {                       \
+    squeeze_plane_body(x, height, width, row_stride, row, column, scratch);            \
+  }                                                                                    \
+  template <>                                                                          \
+  SEAATTN_CLONES void squeeze_channels<T>(const T* x, int64_t height, int64_t width,   \
+                                          int64_t channels, int64_t stride, Mean* row, \
+                                          Mean* column, SqueezeScratch scratch) {      \
+    squeeze_channels_body(x, height, width, channels, stride, row, column, scratch);   \
+  }
+#define SEAATTN_SPREAD(T)                                                                          \
   template <>                                                                                      \
   SEAATTN_CLONES void spread_plane<T>(const T* row, const T* column, int64_t height,               \
                                       int64_t width, T* grad) {                                    \
@@ -195,8 +179,13 @@ SEAATTN_INLINE void spread_line_body(const T* row, const T* column, int64_t heig
     spread_line_body(row, column, height, width, channels, grad);                                  \
   }
 
-SEAATTN_INSTANTIATE(float)
-SEAATTN_INSTANTIATE(c10::Half)
-SEAATTN_INSTANTIATE(c10::BFloat16)
+SEAATTN_SQUEEZE(float, float)
+SEAATTN_SQUEEZE(c10::Half, c10::Half)
+SEAATTN_SQUEEZE(c10::BFloat16, c10::BFloat16)
+SEAATTN_SQUEEZE(c10::Half, float)
+SEAATTN_SQUEEZE(c10::BFloat16, float)
+SEAATTN_SPREAD(float)
+SEAATTN_SPREAD(c10::Half)
+SEAATTN_SPREAD(c10::BFloat16)
 
 }  // namespace seaattn

@@ -3,8 +3,9 @@
 //   row[c, i] = mean_j x[c, i, j]        column[c, j] = mean_i x[c, i, j]
 //
 // Short runs of terms are summed in float32, the runs in float64, so a mean of a million terms is
-// as exact as one of sixteen. Callers split the work by planes (NCHW) or by blocks of channels
-// (NHWC), never within one: the bits of a result do not depend on the number of threads.
+// as exact as one of sixteen; rounded once, to the dtype of the map or to float32. Callers split
+// the work by planes (NCHW) or by blocks of channels (NHWC), never within one: the bits of a result
+// do not depend on the number of threads.
 #pragma once
 
 #include <cstdint>
@@ -22,16 +23,16 @@ struct SqueezeScratch {
 
 // One plane: `height` rows of `width` adjacent elements, `row_stride` elements apart. `scratch`
 // holds `width` numbers of each kind.
-template <typename T>
-void squeeze_plane(const T* x, int64_t height, int64_t width, int64_t row_stride, T* row, T* column,
-                   SqueezeScratch scratch);
+template <typename T, typename Mean>
+void squeeze_plane(const T* x, int64_t height, int64_t width, int64_t row_stride, Mean* row,
+                   Mean* column, SqueezeScratch scratch);
 
 // `channels` <= kChannelBlock adjacent channels of an NHWC image that has `stride` of them.
 // row is (channels, height), column (channels, width). `scratch` holds width * channels numbers of
 // each kind.
-template <typename T>
+template <typename T, typename Mean>
 void squeeze_channels(const T* x, int64_t height, int64_t width, int64_t channels, int64_t stride,
-                      T* row, T* column, SqueezeScratch scratch);
+                      Mean* row, Mean* column, SqueezeScratch scratch);
 
 // The adjoint of one plane, one write: grad[i, j] = row[i] / width + column[j] / height.
 template <typename T>
