@@ -6,7 +6,7 @@ VENV ?= .venv
 ARGS ?=
 
 LIBRARY_SOURCES := setup.py pyproject.toml $(wildcard csrc/*/*)
-CXX_SOURCES := $(wildcard csrc/*/*.cpp csrc/*/*.h)
+CXX_SOURCES := $(wildcard csrc/*/*.cpp csrc/*/*.h tests/*.cpp)
 
 ifeq ($(VENV),none)
 PY := $(PYTHON)
@@ -19,7 +19,7 @@ READY := $(VENV)/.library
 endif
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: setup demo test static bench lint clean
+.PHONY: setup demo test static bench sanitize lint clean
 
 setup: $(READY)
 
@@ -34,6 +34,25 @@ static: setup
 
 bench: setup
 	$(PY) -m bench run $(ARGS)
+
+# The kernels without torch and Python, on each instruction set of x86-64 (or on that of this
+# machine), for wrong addresses and undefined behaviour, then for races.
+SANITIZED := $(filter-out %/operators.cpp %/autograd.cpp,$(wildcard csrc/cpu/*.cpp)) tests/sanitize.cpp
+SANITIZE = $(CXX) -std=c++17 -O1 -g -pthread -fopenmp-simd -Wno-psabi -fno-sanitize-recover=all \
+	-Icsrc/cpu -I$(shell $(PY) -c "import torch.utils.cpp_extension as c; print(c.include_paths()[0])")
+ifeq ($(shell uname -m),x86_64)
+ISAS := Baseline/x86-64 Avx2/x86-64-v3 Avx512/x86-64-v4
+else
+ISAS := Baseline/native
+endif
+
+sanitize: setup
+	mkdir -p build/sanitize
+	$(foreach isa,$(ISAS),$(SANITIZE) -fsanitize=address,undefined -DSEAATTN_ISA=$(patsubst %/,%,$(dir $(isa))) \
+		-march=$(notdir $(isa)) $(SANITIZED) -o build/sanitize/$(notdir $(isa)) && \
+		build/sanitize/$(notdir $(isa)) && ) true
+	$(SANITIZE) -fsanitize=thread -DSEAATTN_ISA=Baseline $(SANITIZED) -o build/sanitize/threads
+	build/sanitize/threads
 
 lint: setup
 	$(PY) -m ruff check .

@@ -237,6 +237,15 @@ class Block {
         x_.channel, x_.pixel};
   }
 
+  // Where the result of some adjacent pixels will be written.
+  Fetch result(int64_t image, int64_t row, int64_t column, int64_t pixels) const {
+    const T* data = out_.data + image * out_.image + row * out_.row + column * out_.pixel;
+    const auto* bytes = reinterpret_cast<const char*>(data);
+    const int64_t size = sizeof(T);
+    if (out_.pixel > 1) return {bytes, 0, 1, pixels * out_.pixel * size};
+    return {bytes, out_.channel * size, s_.channels, pixels * size};
+  }
+
   int64_t channels_of(int64_t panel, int64_t panels) const {
     return std::min(s_.channels - panel * kPanel, panels * kPanel);
   }
@@ -277,7 +286,7 @@ class Block {
     }
     const Panels to = field.panels.from(panels.begin);
     product(pixels, count, s_.channels, {i.x.data, i.x.stride}, qkv_weight(panels.begin),
-            w_.qkv_bias + panels.begin * kPanel, to, work.where);
+            w_.qkv_bias + panels.begin * kPanel, to, work.where, {});
     for (int64_t n = 0; n < count; ++n) {
       float* panel = to.from(n).data;
       clear(panel, 0, field.pitch + 1);
@@ -342,7 +351,7 @@ class Block {
             const ConstPanels weight = qkv_weight(n);
             product(pixels, count, std::min(kAxisDepth, s_.channels - c),
                     {means.data + (start + p) * kPanel, means.stride},
-                    {weight.data + c * kPanel, weight.stride}, nullptr, work.run, nullptr);
+                    {weight.data + c * kPanel, weight.stride}, nullptr, work.run, nullptr, {});
             for (int64_t k = 0; k < count; ++k) {
               add_run(pixels * kPanel, work.run.from(k).data, work.sums + k * work.run.stride);
             }
@@ -407,7 +416,7 @@ class Block {
               {w_.encode_weight + of_columns * panels * values * kPanel, values * kPanel},
               w_.encode_bias + of_columns * panels * kPanel,
               {i.encoded.data + ((of_columns ? s_.height : 0) + p) * kPanel, i.encoded.stride},
-              nullptr);
+              nullptr, {});
     }
   }
 
@@ -481,7 +490,7 @@ class Block {
             int32_t(work.ring.place(rows.begin + p / width, wide.begin + p % width));
       }
       product(tile.end - tile.begin, s_.panels(), s_.channels, {work.x.data, work.x.stride},
-              qkv_weight(0), w_.qkv_bias, work.ring.panels, work.where);
+              qkv_weight(0), w_.qkv_bias, work.ring.panels, work.where, {});
     }
   }
 
@@ -507,14 +516,15 @@ class Block {
     }
     const ConstPanels hidden = {work.hidden.data, work.hidden.stride};
     product(pixels, channel_panels, panels * kPanel, hidden,
-            {w_.pw_weight, panels * kPanel * kPanel}, w_.pw_bias, work.detail, nullptr);
+            {w_.pw_weight, panels * kPanel * kPanel}, w_.pw_bias, work.detail, nullptr, {});
     for (int64_t n = 0; n < s_.value_panels(); ++n) {
       const float* row = i.encoded.from(n).data;
       mix(field.panels.from(s_.key_panels() + n).data, segments, count, row,
           row + s_.height * kPanel, activation(), work.hidden.from(n).data);
     }
     product(pixels, channel_panels, s_.values(), hidden, {w_.proj_weight, s_.values() * kPanel},
-            w_.proj_bias, work.weight, nullptr);
+            w_.proj_bias, work.weight, nullptr,
+            result(image, segments[0].row, segments[0].column, pixels));
     for (int64_t n = 0; n < channel_panels; ++n) {
       weigh(pixels * kPanel, work.weight.from(n).data, work.detail.from(n).data, s_.hard);
     }

@@ -11,6 +11,41 @@ namespace {
 // sum, and weights that stay in the first cache while all pixels pass.
 constexpr int64_t kMostDepth = 12;  // panels
 
+// Weights that will be needed next, to be fetched into the second cache meanwhile: `lines` of each
+// panel for every sixteen terms.
+struct Ahead {
+  const float* weight;
+  int64_t lines;
+};
+
+constexpr int64_t kLine = 64;
+
+// Spreads a Fetch over so many steps.
+class Fetcher {
+ public:
+  Fetcher(const Fetch& fetch, int64_t steps)
+      : fetch_(fetch), per_step_((fetch.rows * lines() + steps - 1) / steps) {}
+
+  SEAATTN_INLINE void step() {
+    for (int64_t l = 0; l < per_step_ && row_ < fetch_.rows; ++l) {
+      __builtin_prefetch(fetch_.data + row_ * fetch_.stride + at_, 0, 2);
+      at_ += kLine;
+      if (at_ >= fetch_.bytes) {
+        at_ = 0;
+        ++row_;
+      }
+    }
+  }
+
+ private:
+  int64_t lines() const {
+    return (fetch_.bytes + kLine - 1) / kLine;
+  }
+  const Fetch fetch_;
+  const int64_t per_step_;
+  int64_t row_ = 0, at_ = 0;
+};
+
 // The sums of `kRows` pixels by `kPanels` panels, in registers.
 template <int kWidth, int kRows, int kPanels>
 struct Tile {
@@ -47,7 +82,8 @@ struct Tile {
 // Added to `bias`, to zero without one, or with `more` to what `out` holds.
 template <int kWidth, int kRows, int kPanels>
 SEAATTN_INLINE void product_tile(int64_t depth, ConstPanels a, ConstPanels weight,
-                                 const float* bias, bool more, Panels out, const int32_t* where) {
+                                 const float* bias, bool more, Panels out, const int32_t* where,
+                                 Ahead ahead) {
   typedef Tile<kWidth, kRows, kPanels> Tile;
   typedef typename Tile::Vector Vector;
   Tile tile;
@@ -60,6 +96,9 @@ SEAATTN_INLINE void product_tile(int64_t depth, ConstPanels a, ConstPanels weigh
     }
     a.data += a.stride;
     weight.data += kPanel * kPanel;
+    for (int64_t l = 0; l < ahead.lines; ++l, ahead.weight += kPanel) {
+      for (int n = 0; n < kPanels; ++n) __builtin_prefetch(ahead.weight + n * weight.stride, 0, 2);
+    }
   }
   for (int64_t k = 0; k < depth; ++k) {
     tile.add(a.data + k, weight.data + k * kPanel, weight.stride);
@@ -76,41 +115,56 @@ SEAATTN_INLINE void product_tile(int64_t depth, ConstPanels a, ConstPanels weigh
 // The tile of `count` <= kRows rows.
 template <int kWidth, int kRows, int kPanels>
 SEAATTN_INLINE void product_rows(int64_t count, int64_t depth, ConstPanels a, ConstPanels weight,
-                                 const float* bias, bool more, Panels out, const int32_t* where) {
+                                 const float* bias, bool more, Panels out, const int32_t* where,
+                                 Ahead ahead) {
   if constexpr (kRows > 0) {
     if (count == kRows) {
-      product_tile<kWidth, kRows, kPanels>(depth, a, weight, bias, more, out, where);
+      product_tile<kWidth, kRows, kPanels>(depth, a, weight, bias, more, out, where, ahead);
     } else {
-      product_rows<kWidth, kRows - 1, kPanels>(count, depth, a, weight, bias, more, out, where);
+      product_rows<kWidth, kRows - 1, kPanels>(count, depth, a, weight, bias, more, out, where,
+                                               ahead);
     }
   }
+}
+
+constexpr int64_t blocks_of(int64_t pixels, int rows) {
+  return (pixels + rows - 1) / rows;
+}
+
+constexpr int64_t runs_of(int64_t depth) {
+  return (panels_of(depth) + kMostDepth - 1) / kMostDepth;
 }
 
 // All pixels by `panels` <= kPanels panels.
 template <int kWidth, int kRows, int kPanels>
 SEAATTN_INLINE void product_panels(int64_t panels, int64_t pixels, int64_t depth, ConstPanels a,
                                    ConstPanels weight, const float* bias, Panels out,
-                                   const int32_t* where) {
+                                   const int32_t* where, bool last_panels, Fetcher& fetcher) {
   if constexpr (kPanels > 0) {
     if (panels < kPanels) {
-      product_panels<kWidth, kRows, kPanels - 1>(panels, pixels, depth, a, weight, bias, out,
-                                                 where);
+      product_panels<kWidth, kRows, kPanels - 1>(panels, pixels, depth, a, weight, bias, out, where,
+                                                 last_panels, fetcher);
       return;
     }
     // Blocks and runs of like size: none is a small remainder.
-    const int64_t blocks = (pixels + kRows - 1) / kRows, all = panels_of(depth);
-    const int64_t runs = (all + kMostDepth - 1) / kMostDepth;
+    const int64_t blocks = blocks_of(pixels, kRows), runs = runs_of(depth), all = panels_of(depth);
     for (int64_t run = 0; run < runs; ++run) {
       const int64_t first = all * run / runs, last = all * (run + 1) / runs;
       const int64_t terms = std::min(last * kPanel, depth) - first * kPanel;
       const ConstPanels rows = a.from(first);
       const ConstPanels columns = {weight.data + first * kPanel * kPanel, weight.stride};
+      const bool last_run = run + 1 == runs;
+      const float* next =
+          last_run ? weight.data + kPanels * weight.stride : weight.data + last * kPanel * kPanel;
+      const int64_t lines = last_run && last_panels ? 0 : (kPanel + blocks - 1) / blocks;
       for (int64_t block = 0; block < blocks; ++block) {
         const int64_t p = pixels * block / blocks, end = pixels * (block + 1) / blocks;
         product_rows<kWidth, kRows, kPanels>(
             end - p, terms, {rows.data + p * kPanel, rows.stride}, columns, bias, run > 0,
             {where == nullptr ? out.data + p * kPanel : out.data, out.stride},
-            where == nullptr ? nullptr : where + p);
+            where == nullptr ? nullptr : where + p,
+            {next + block * lines * (last - first) * kPanel, block * lines < kPanel ? lines : 0});
+        fetcher.step();
       }
     }
   }
@@ -119,11 +173,14 @@ SEAATTN_INLINE void product_panels(int64_t panels, int64_t pixels, int64_t depth
 template <typename Isa>
 SEAATTN_INLINE void product_body(int64_t pixels, int64_t panels, int64_t depth, ConstPanels a,
                                  ConstPanels weight, const float* bias, Panels out,
-                                 const int32_t* where) {
+                                 const int32_t* where, const Fetch& fetch) {
+  const int64_t groups = (panels + Isa::kPanels - 1) / Isa::kPanels;
+  Fetcher fetcher(fetch, groups * runs_of(depth) * blocks_of(pixels, Isa::kRows));
   for (int64_t n = 0; n < panels; n += Isa::kPanels) {
     product_panels<Isa::kWidth, Isa::kRows, Isa::kPanels>(
         std::min<int64_t>(Isa::kPanels, panels - n), pixels, depth, a, weight.from(n),
-        bias == nullptr ? nullptr : bias + n * kPanel, out.from(n), where);
+        bias == nullptr ? nullptr : bias + n * kPanel, out.from(n), where,
+        n + Isa::kPanels >= panels, fetcher);
   }
 }
 
@@ -131,7 +188,7 @@ SEAATTN_INLINE void product_body(int64_t pixels, int64_t panels, int64_t depth, 
 
 SEAATTN_VERSIONS(product,
                  (int64_t pixels, int64_t panels, int64_t depth, ConstPanels a, ConstPanels weight,
-                  const float* bias, Panels out, const int32_t* where),
-                 (pixels, panels, depth, a, weight, bias, out, where))
+                  const float* bias, Panels out, const int32_t* where, const Fetch& fetch),
+                 (pixels, panels, depth, a, weight, bias, out, where, fetch))
 
 }  // namespace seaattn

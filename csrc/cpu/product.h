@@ -27,12 +27,19 @@ struct PanelsOf {
 using Panels = PanelsOf<float>;
 using ConstPanels = PanelsOf<const float>;
 
+// Memory that is needed soon, fetched bit by bit while something else is computed: `rows` of
+// `bytes` each.
+struct Fetch {
+  const char* data = nullptr;
+  int64_t stride = 0, rows = 0, bytes = 0;
+};
+
 // out[p, n] = bias[n] + sum_k a[p, k] * weight[n, k], in float32, the terms added in the order of
 // k: the bits of an element depend on nothing but its own inputs.
 //
 // `a` has panels_of(depth) panels, `weight`, `bias` and `out` have `panels` of them. Pixel p is
 // written at place `where[p]` of a panel, at p itself where that is null. No bias: zero.
 void product(int64_t pixels, int64_t panels, int64_t depth, ConstPanels a, ConstPanels weight,
-             const float* bias, Panels out, const int32_t* where);
+             const float* bias, Panels out, const int32_t* where, const Fetch& fetch);
 
 }  // namespace seaattn

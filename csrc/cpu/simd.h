@@ -5,6 +5,8 @@
 //   SEAATTN_INLINE    before the bodies it calls, so that they are compiled with it
 //   SEAATTN_VERSIONS  a function whose body, `name_body`, is a template over the instruction set
 //   SEAATTN_SIMD      the instruction sets, as text
+//
+// SEAATTN_ISA (Baseline, Avx2, Avx512) fixes one of them, for the compiler's flags to match.
 #pragma once
 
 #include <cstdint>
@@ -38,7 +40,8 @@ struct Avx512 {
 
 }  // namespace seaattn
 
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && \
+    !defined(SEAATTN_ISA)
 #define SEAATTN_CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
 #define SEAATTN_INLINE inline __attribute__((always_inline))
 #define SEAATTN_VERSIONS(name, parameters, arguments)                         \
@@ -56,11 +59,14 @@ struct Avx512 {
   }
 #define SEAATTN_SIMD "baseline, avx2, avx512"
 #else
+#ifndef SEAATTN_ISA
+#define SEAATTN_ISA Baseline
+#endif
 #define SEAATTN_CLONES
 #define SEAATTN_INLINE inline
 #define SEAATTN_VERSIONS(name, parameters, arguments) \
   void name parameters {                              \
-    name##_body<Baseline> arguments;                  \
+    name##_body<SEAATTN_ISA> arguments;               \
   }
 #define SEAATTN_SIMD "baseline"
 #endif
