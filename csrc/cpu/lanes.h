@@ -2,12 +2,10 @@
 // operators share of arithmetic on it.
 #pragma once
 
-#include <torch/headeronly/util/BFloat16.h>
-
 #include <cstdint>
 #include <cstring>
 
-#include "simd.h"
+#include "elementwise.h"
 
 namespace seaattn {
 
@@ -20,7 +18,10 @@ typedef uint16_t Halves __attribute__((vector_size(kLanes * sizeof(uint16_t))));
 template <typename T>
 SEAATTN_INLINE Lanes load(const T* from) {
   Lanes lanes;
-  for (int64_t l = 0; l < kLanes; ++l) lanes[l] = static_cast<float>(from[l]);
+  float wide[kLanes];
+#pragma omp simd
+  for (int64_t l = 0; l < kLanes; ++l) wide[l] = widen(from[l]);
+  std::memcpy(&lanes, wide, sizeof(lanes));
   return lanes;
 }
 
@@ -41,7 +42,10 @@ SEAATTN_INLINE Lanes load(const c10::BFloat16* from) {
 
 template <typename T>
 SEAATTN_INLINE void store(T* to, Lanes lanes) {
-  for (int64_t l = 0; l < kLanes; ++l) to[l] = static_cast<T>(lanes[l]);
+  float wide[kLanes];
+  std::memcpy(wide, &lanes, sizeof(lanes));
+#pragma omp simd
+  for (int64_t l = 0; l < kLanes; ++l) to[l] = narrow<T>(wide[l]);
 }
 
 template <>

@@ -6,8 +6,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "elementwise.h"
 #include "lanes.h"
-#include "simd.h"
 
 namespace seaattn {
 namespace {
@@ -19,7 +19,7 @@ constexpr int64_t kRunOfPixels = 16;
 
 template <typename T>
 SEAATTN_INLINE T rounded(double sum, double reciprocal) {
-  return static_cast<T>(static_cast<float>(sum * reciprocal));
+  return narrow<T>(static_cast<float>(sum * reciprocal));
 }
 
 // Adds `kRows` rows to `run`, so that it is read and written once for all of them, and their own
@@ -43,7 +43,7 @@ SEAATTN_INLINE void add_rows(const T* x, int64_t row_stride, int64_t width, floa
     for (int r = 0; r < kRows; ++r) {
       float tail = 0.0f;
       for (int64_t t = j; t < end; ++t) {
-        const float value = static_cast<float>(x[r * row_stride + t]);
+        const float value = widen(x[r * row_stride + t]);
         tail += value;
         run[t] += value;
       }
@@ -58,9 +58,9 @@ SEAATTN_INLINE void add_rows(const T* x, int64_t row_stride, int64_t width, floa
 template <typename T, typename Mean>
 SEAATTN_INLINE void squeeze_plane_body(const T* x, int64_t height, int64_t width,
                                        int64_t row_stride, Mean* row, Mean* column,
-                                       SqueezeScratch scratch) {
+                                       SqueezeScratch scratch, bool mean) {
   constexpr int kRows = 4;
-  const double per_width = 1.0 / width, per_height = 1.0 / height;
+  const double per_width = mean ? 1.0 / width : 1.0, per_height = mean ? 1.0 / height : 1.0;
   float* run = scratch.run;
   double* total = scratch.total;
   std::fill(total, total + width, 0.0);
@@ -86,9 +86,9 @@ SEAATTN_INLINE void squeeze_plane_body(const T* x, int64_t height, int64_t width
 template <typename T, typename Mean>
 SEAATTN_INLINE void squeeze_channels_body(const T* x, int64_t height, int64_t width,
                                           int64_t channels, int64_t stride, Mean* row, Mean* column,
-                                          SqueezeScratch scratch) {
+                                          SqueezeScratch scratch, bool mean) {
   const int64_t line_size = width * channels;
-  const double per_width = 1.0 / width, per_height = 1.0 / height;
+  const double per_width = mean ? 1.0 / width : 1.0, per_height = mean ? 1.0 / height : 1.0;
   float* run = scratch.run;
   double* total = scratch.total;
   std::fill(total, total + line_size, 0.0);
@@ -105,7 +105,7 @@ SEAATTN_INLINE void squeeze_channels_body(const T* x, int64_t height, int64_t wi
           float* of_column = run + j * channels;
 #pragma omp simd
           for (int64_t c = 0; c < channels; ++c) {
-            const float value = static_cast<float>(pixel[c]);
+            const float value = widen(pixel[c]);
             part[c] += value;
             of_column[c] += value;
           }
@@ -127,12 +127,12 @@ SEAATTN_INLINE void squeeze_channels_body(const T* x, int64_t height, int64_t wi
 template <typename T>
 SEAATTN_INLINE void spread_plane_body(const T* row, const T* column, int64_t height, int64_t width,
                                       T* grad) {
-  const float per_width = static_cast<float>(width), per_height = static_cast<float>(height);
+  const float per_width = 1.0f / width, per_height = 1.0f / height;
   for (int64_t i = 0; i < height; ++i) {
-    const float of_row = static_cast<float>(row[i]) / per_width;
+    const float of_row = widen(row[i]) * per_width;
 #pragma omp simd
     for (int64_t j = 0; j < width; ++j) {
-      grad[i * width + j] = static_cast<T>(of_row + static_cast<float>(column[j]) / per_height);
+      grad[i * width + j] = narrow<T>(of_row + widen(column[j]) * per_height);
     }
   }
 }
@@ -140,13 +140,12 @@ SEAATTN_INLINE void spread_plane_body(const T* row, const T* column, int64_t hei
 template <typename T>
 SEAATTN_INLINE void spread_line_body(const T* row, const T* column, int64_t height, int64_t width,
                                      int64_t channels, T* grad) {
-  const float per_width = static_cast<float>(width), per_height = static_cast<float>(height);
+  const float per_width = 1.0f / width, per_height = 1.0f / height;
   for (int64_t j = 0; j < width; ++j) {
 #pragma omp simd
     for (int64_t c = 0; c < channels; ++c) {
       grad[j * channels + c] =
-          static_cast<T>(static_cast<float>(row[c]) / per_width +
-                         static_cast<float>(column[j * channels + c]) / per_height);
+          narrow<T>(widen(row[c]) * per_width + widen(column[j * channels + c]) * per_height);
     }
   }
 }
@@ -154,18 +153,18 @@ SEAATTN_INLINE void spread_line_body(const T* row, const T* column, int64_t heig
 }  // namespace
 
 // Clones need functions that are no templates: one set for each dtype.
-#define SEAATTN_SQUEEZE(T, Mean)                                                       \
-  template <>                                                                          \
-  SEAATTN_CLONES void squeeze_plane<T>(const T* x, int64_t height, int64_t width,      \
-                                       int64_t row_stride, Mean* row, Mean* column,    \
-                                       SqueezeScratch scratch) {                       \
-    squeeze_plane_body(x, height, width, row_stride, row, column, scratch);            \
-  }                                                                                    \
-  template <>                                                                          \
-  SEAATTN_CLONES void squeeze_channels<T>(const T* x, int64_t height, int64_t width,   \
-                                          int64_t channels, int64_t stride, Mean* row, \
-                                          Mean* column, SqueezeScratch scratch) {      \
-    squeeze_channels_body(x, height, width, channels, stride, row, column, scratch);   \
+#define SEAATTN_SQUEEZE(T, Mean)                                                             \
+  template <>                                                                                \
+  SEAATTN_CLONES void squeeze_plane<T>(const T* x, int64_t height, int64_t width,            \
+                                       int64_t row_stride, Mean* row, Mean* column,          \
+                                       SqueezeScratch scratch, bool mean) {                  \
+    squeeze_plane_body(x, height, width, row_stride, row, column, scratch, mean);            \
+  }                                                                                          \
+  template <>                                                                                \
+  SEAATTN_CLONES void squeeze_channels<T>(const T* x, int64_t height, int64_t width,         \
+                                          int64_t channels, int64_t stride, Mean* row,       \
+                                          Mean* column, SqueezeScratch scratch, bool mean) { \
+    squeeze_channels_body(x, height, width, channels, stride, row, column, scratch, mean);   \
   }
 #define SEAATTN_SPREAD(T)                                                                          \
   template <>                                                                                      \

@@ -1,4 +1,5 @@
-// Row and column means of a map in one read, and the adjoint. Raw pointers only: no tensors here.
+// Row and column means, or sums, of a map in one read, and the adjoint of the means. Raw pointers
+// only: no tensors here.
 //
 //   row[c, i] = mean_j x[c, i, j]        column[c, j] = mean_i x[c, i, j]
 //
@@ -25,14 +26,14 @@ struct SqueezeScratch {
 // holds `width` numbers of each kind.
 template <typename T, typename Mean>
 void squeeze_plane(const T* x, int64_t height, int64_t width, int64_t row_stride, Mean* row,
-                   Mean* column, SqueezeScratch scratch);
+                   Mean* column, SqueezeScratch scratch, bool mean = true);
 
 // `channels` <= kChannelBlock adjacent channels of an NHWC image that has `stride` of them.
 // row is (channels, height), column (channels, width). `scratch` holds width * channels numbers of
 // each kind.
 template <typename T, typename Mean>
 void squeeze_channels(const T* x, int64_t height, int64_t width, int64_t channels, int64_t stride,
-                      Mean* row, Mean* column, SqueezeScratch scratch);
+                      Mean* row, Mean* column, SqueezeScratch scratch, bool mean = true);
 
 // The adjoint of one plane, one write: grad[i, j] = row[i] / width + column[j] / height.
 template <typename T>
