@@ -46,7 +46,14 @@ SCHEMAS = {
 #: The operators that each backend has in this version.
 OPERATORS = {
     "reference": tuple(name for name in SCHEMAS if not name.endswith("_backward")),
-    "cpu": ("axial_squeeze", "sea_attention"),
+    "cpu": (
+        "axial_squeeze",
+        "axial_attention",
+        "axial_attention_pair",
+        "broadcast_add",
+        "gate",
+        "sea_attention",
+    ),
     "triton": (
         "axial_squeeze",
         "axial_attention",
@@ -81,6 +88,22 @@ REFERENCE = {
 }
 
 
+# --- one axis, of every backend --------------------------------------------------------------
+
+
+def _one_axis(backend: str) -> Callable:
+    """The pair with a column of one element and tables of zero; gradients are the pair's."""
+
+    def axial_attention(q, k, v, heads, scale):
+        row = torch.cat([q, k, v], dim=1)
+        column = row.new_zeros(*row.shape[:2], 1)
+        tables = [q.new_zeros(1, q.shape[1], 1)] * 4
+        pair = _overload("axial_attention_pair", backend)
+        return pair(row, column, *tables, heads, q.shape[1] // heads, scale)[0]
+
+    return axial_attention
+
+
 # --- Triton, imported at the first call ------------------------------------------------------
 
 
@@ -94,15 +117,6 @@ def _triton_axial_squeeze_backward(row, column, channels_last):
     from seaattn_kernels.kernels import squeeze
 
     return squeeze.axial_squeeze_backward(row, column, channels_last)
-
-
-def _triton_axial_attention(q, k, v, heads, scale):
-    """The pair with a column of one element and tables of zero; gradients are the pair's."""
-    row = torch.cat([q, k, v], dim=1)
-    column = row.new_zeros(*row.shape[:2], 1)
-    tables = [q.new_zeros(1, q.shape[1], 1)] * 4
-    pair = torch.ops.seaattn_kernels.axial_attention_pair.triton
-    return pair(row, column, *tables, heads, q.shape[1] // heads, scale)[0]
 
 
 def _triton_axial_attention_pair(row, column, *rest):
@@ -240,38 +254,47 @@ def _setup_nothing(ctx, inputs, output):
 
 
 def _register_axial_squeeze(backend: str) -> None:
-    """The adjoint of the squeeze is linear, and its own adjoint the squeeze."""
     squeeze = _overload("axial_squeeze", backend)
     spread = _overload("axial_squeeze_backward", backend)
 
     def backward(ctx, grad_row, grad_column):
         return spread(grad_row, grad_column, ctx.channels_last)
 
-    def double_backward(ctx, grad):
+    _register_autograd(squeeze, backward, _setup_axial_squeeze)
+
+
+def _register_adjoint_of_spread(backend: str) -> None:
+    """The adjoint of the squeeze is linear, and its own adjoint the squeeze."""
+    squeeze = _overload("axial_squeeze", backend)
+
+    def backward(ctx, grad):
         return *squeeze(grad), None
 
-    _register_autograd(squeeze, backward, _setup_axial_squeeze)
-    _register_autograd(spread, double_backward, _setup_nothing)
+    _register_autograd(_overload("axial_squeeze_backward", backend), backward, _setup_nothing)
 
 
 def _register_training(name: str, backend: str) -> None:
     """An operator whose backward operator takes the gradients, then its tensors and numbers."""
     forward_op, backward_op = _overload(name, backend), _overload(f"{name}_backward", backend)
 
-    def setup(ctx, inputs, output):
-        ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)))
-        ctx.numbers = [value for value in inputs if not isinstance(value, Tensor)]
-
     def backward(ctx, *gradients):
         found = backward_op(*gradients, *ctx.saved_tensors, *ctx.numbers)
         return *found, *[None] * len(ctx.numbers)
 
+    _register_autograd(forward_op, backward, _save_all)
+
+
+def _save_all(ctx, inputs, output):
+    ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)))
+    ctx.numbers = [value for value in inputs if not isinstance(value, Tensor)]
+
+
+def _register_double_backward(name: str, backend: str) -> None:
     def double_backward(ctx, *gradients):
         found = _gradients_of_gradients(name, ctx.saved_tensors, ctx.numbers, gradients)
         return *found, *[None] * len(ctx.numbers)
 
-    _register_autograd(forward_op, backward, setup)
-    _register_autograd(backward_op, double_backward, setup)
+    _register_autograd(_overload(f"{name}_backward", backend), double_backward, _save_all)
 
 
 def _gradients_of_gradients(
@@ -314,7 +337,9 @@ def _define() -> dict[str, dict[str, torch._ops.OpOverload]]:
                 overloads[schema][backend] = _overload(schema, backend)
     for name, function in REFERENCE.items():
         _LIBRARY.impl(f"{name}.reference", function, "CompositeImplicitAutograd")
-    _LIBRARY.impl("axial_attention.triton", _triton_axial_attention, "CompositeImplicitAutograd")
+    for backend in ("cpu", "triton"):
+        name = f"axial_attention.{backend}"
+        _LIBRARY.impl(name, _one_axis(backend), "CompositeImplicitAutograd")
     for name, function in _TRITON.items():
         for device in ("CUDA", "CPU"):  # on the CPU Triton interprets
             _LIBRARY.impl(f"{name}.triton", function, device)
@@ -322,10 +347,15 @@ def _define() -> dict[str, dict[str, torch._ops.OpOverload]]:
         for backend, overload in overloads[name].items():
             if backend != "reference":
                 torch.library.register_fake(overload._name, fake, lib=_LIBRARY)
-    for backend in ("cpu", "triton"):
-        _register_axial_squeeze(backend)
-    for name in ("axial_attention_pair", "broadcast_add", "gate"):
+    # First derivatives on a CPU are the library's own, csrc/cpu/autograd.cpp.
+    training = ("axial_attention_pair", "broadcast_add", "gate")
+    _register_axial_squeeze("triton")
+    for name in training:
         _register_training(name, "triton")
+    for backend in ("cpu", "triton"):
+        _register_adjoint_of_spread(backend)
+        for name in training:
+            _register_double_backward(name, backend)
     return overloads
 
 

@@ -283,6 +283,380 @@ def test_cpu_squeeze_from_several_threads_at_once(library):
     assert not wrong
 
 
+# --- the elementwise operators of the CPU ----------------------------------------------------
+
+ELEMENTWISE = [
+    *(("broadcast_add", (activation, 0.1)) for activation in reference.ACTIVATIONS),
+    *(("gate", (hard,)) for hard in (True, False)),
+]
+
+
+def _ramp(first, last, shape, dtype):
+    """Numbers that every dtype holds."""
+    count = torch.Size(shape).numel()
+    return torch.linspace(first, last, count).bfloat16().to(dtype).view(shape)
+
+
+def elementwise(name, arguments, x, backend):
+    """Outputs and gradients of an operator of a map, the other arguments made from the map."""
+    leaf = x.detach().requires_grad_()
+    if name == "gate":
+        others = [x.detach().flip(3).requires_grad_()]
+    else:
+        b, c, h, w = x.shape
+        others = [_ramp(-1, 1, (b, c, n), x.dtype).requires_grad_() for n in (h, w)]
+    out = getattr(ops, name)(leaf, *others, *arguments, backend=backend)
+    upstream = _ramp(-1, 2, out.shape, out.dtype)
+    return [out, *torch.autograd.grad(out, [leaf, *others], upstream)]
+
+
+@pytest.mark.parametrize("kind", ["channels_last", "transposed", "expanded", "strided", "sliced"])
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize(("name", "arguments"), ELEMENTWISE)
+def test_cpu_elementwise_reads_any_strides_and_nothing_else(library, name, arguments, dtype, kind):
+    x = _view(torch.randn(2, 19, 6, 7, dtype=dtype), kind)
+    before = x.clone()
+    found = elementwise(name, arguments, x, "cpu")
+    exact = elementwise(name, arguments, x.double(), "reference")
+    for ours, truth in zip(found, exact, strict=True):
+        assert ours.dtype is dtype
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(ours.double(), truth, atol=16 * eps, rtol=4 * eps)
+    assert reference.is_channels_last(found[0]) == reference.is_channels_last(x)
+    assert reference.is_channels_last(found[1]) == reference.is_channels_last(x)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 3, 1100), (1, 1030, 2, 3), (1, 1, 1, 1), (2, 3, 40, 50)])
+@pytest.mark.parametrize(("name", "arguments"), ELEMENTWISE)
+def test_cpu_elementwise_of_any_size(library, name, arguments, shape):
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x = torch.randn(shape).contiguous(memory_format=layout)
+        found = [elementwise(name, arguments, x, backend) for backend in ("cpu", "reference")]
+        for ours, theirs in zip(*found, strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("length", [12, 40])  # a tail of lanes, and whole ones
+@pytest.mark.parametrize(("name", "arguments"), ELEMENTWISE)
+def test_cpu_elementwise_at_kinks_and_beyond_numbers(library, name, arguments, length):
+    """PyTorch's gradients at exactly 0, 6, -3 and 3; NaN, infinity and the range of exp."""
+    inf = float("inf")
+    values = [-3.0, 0.0, 3.0, 6.0, float("nan"), inf, -inf, -90.0, 90.0, -0.0, 6.1, -1e-7]
+    x = torch.tensor(values).repeat(4)[:length].view(1, 1, 1, length)
+    results = []
+    for backend in ("cpu", "reference"):
+        leaf = x.clone().requires_grad_()
+        if name == "gate":
+            out = ops.gate(leaf, torch.ones_like(x), *arguments, backend=backend)
+        else:
+            zero = torch.zeros(1, 1, 1), torch.zeros(1, 1, length)
+            out = ops.broadcast_add(leaf, *zero, *arguments, backend=backend)
+        (gradient,) = torch.autograd.grad(out.sum(), leaf)
+        # At NaN PyTorch's own is one thing in a vector and another in its tail.
+        results.append([out, gradient[~x.isnan()]])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, equal_nan=True, atol=1e-30, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "arguments"), ELEMENTWISE)
+@pytest.mark.parametrize("dtype", LOW)
+def test_cpu_elementwise_writes_every_element_and_the_same_bits(library, name, arguments, dtype):
+    threads = torch.get_num_threads()
+    torch.use_deterministic_algorithms(True)  # uninitialised memory is filled with NaN
+    try:
+        for layout in (torch.contiguous_format, torch.channels_last):
+            x = torch.randn(3, 37, 33, 31, dtype=dtype).contiguous(memory_format=layout)
+            found = []
+            for count in (1, 2, 3):
+                torch.set_num_threads(count)
+                found.append(elementwise(name, arguments, x, "cpu"))
+            for others in found[1:]:
+                assert all(torch.equal(a, b) for a, b in zip(found[0], others, strict=True))
+            assert not any(t.isnan().any() for t in found[0])
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.name in ops.OPERATORS["cpu"]], ids=str)
+@pytest.mark.parametrize("gradients", [False, True])
+def test_opcheck_cpu(library, case, gradients):
+    tensors = [t.requires_grad_(gradients) for t in case.inputs(0, "cpu", torch.float32)]
+    torch.library.opcheck(overload(case.name, "cpu"), case.overload_arguments(tensors))
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.name in ops.OPERATORS["cpu"]], ids=str)
+def test_double_backward_on_the_cpu_keeps_the_budget(library, case):
+    columns = []
+    for backend, dtype in (
+        ("cpu", torch.float32),
+        ("reference", torch.float32),
+        ("reference", torch.float64),
+    ):
+        leaves = [t.to(dtype).requires_grad_() for t in case.inputs(0, "cpu", torch.float32)]
+        out = case.run(leaves, backend)
+        first = torch.autograd.grad(sum((t * t).sum() for t in out), leaves, create_graph=True)
+        columns.append(torch.autograd.grad(sum((g * g).sum() for g in first), leaves))
+    verdict = budget.judge(*columns, torch.float32, gradient=True)
+    assert verdict.ok, verdict
+
+
+def test_cpu_elementwise_checks_what_it_is_given(library):
+    x, row, column = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 3), torch.randn(1, 2, 4)
+    add, gate = overload("broadcast_add", "cpu"), overload("gate", "cpu")
+    for arguments, message in (
+        ((x, column, row, 0, 0.0), r"\(B, C, H\), \(B, C, W\) of one dtype, got \[1, 2, 3, 4\]"),
+        ((x, row.double(), column, 0, 0.0), "of one dtype, got"),
+        ((x, row, column, 5, 0.0), "no activation 5"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            add(*arguments)
+    with pytest.raises(RuntimeError, match="of one shape and dtype, got"):
+        gate(x, x[..., :3], True)
+    with pytest.raises(RuntimeError, match="of one shape and dtype, got"):
+        overload("gate_backward", "cpu")(x[:, :1], x, x, True)
+    with pytest.raises(RuntimeError, match="the gradient must be like v"):
+        overload("broadcast_add_backward", "cpu")(x[:, :1], x, row, column, 0, 0.0)
+
+
+# --- the attention of the CPU ----------------------------------------------------------------
+
+
+def _pair(b, heads, d, e, h, w, points=(16, 5, 1, 40)):
+    """An odd pair: every table has a length of its own."""
+    projected, keys = heads * (2 * d + e), heads * d
+    tables = [(1, keys, p) for p in points]
+    return verify.OperatorCase(
+        "axial_attention_pair", ((b, projected, h), (b, projected, w), *tables), (heads, d)
+    )
+
+
+PAIRS = [
+    _pair(1, 1, 1, 1, 1, 1),
+    _pair(2, 3, 10, 15, 7, 13),
+    _pair(3, 2, 5, 3, 16, 17),
+    _pair(1, 2, 13, 9, 31, 130),
+]
+
+
+def _with_gradients(case, tensors, backend, upstream=None):
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    out = case.run(leaves, backend)
+    if upstream is None:
+        upstream = [_ramp(-1, 2, t.shape, t.dtype) for t in out]
+    return [*out, *torch.autograd.grad(out, leaves, upstream)]
+
+
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("case", [*PAIRS, _pair(1, 1, 24, 48, 1024, 257)], ids=str)
+def test_cpu_pair_keeps_the_budget(library, case, dtype):
+    for verdict in verify.operator_verdicts(case, "cpu", dtype):
+        assert verdict.ok, verdict
+
+
+def _axis_view(x, kind):
+    """The values of x in another memory layout, in the middle of a buffer full of NaN."""
+    if kind == "transposed":
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+    if kind == "expanded":
+        return x[..., :1].expand(x.shape)
+    b, c, n = x.shape
+    guard = torch.full((b + 2, c + 2, 2 * n + 2), float("nan"), dtype=x.dtype)
+    view = guard[1:-1, 1:-1, 1:-1]
+    view = view[..., ::2] if kind == "strided" else view[..., :n]
+    return view.copy_(x)
+
+
+@pytest.mark.parametrize("kind", ["transposed", "expanded", "strided", "sliced"])
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("name", ["axial_attention", "axial_attention_pair"])
+def test_cpu_attention_reads_any_strides_and_nothing_else(library, name, dtype, kind):
+    """Of inputs and of upstream gradients."""
+    case = PAIRS[2]
+    if name == "axial_attention":
+        case = verify.OperatorCase(name, ((3, 10, 17), (3, 10, 17), (3, 6, 17)), (2, 0.4))
+    tensors = [_axis_view(t, kind) for t in case.inputs(0, "cpu", dtype)]
+    before = [t.clone() for t in tensors]
+    upstream = [_axis_view(torch.randn_like(t), kind) for t in case.run(tensors, "cpu")]
+    found = _with_gradients(case, tensors, "cpu", upstream)
+    exact = _with_gradients(
+        case, [t.double() for t in tensors], "reference", [g.double() for g in upstream]
+    )
+    assert all(t.is_contiguous() for t in found[: len(upstream)])
+    for ours, truth in zip(found, exact, strict=True):
+        assert ours.dtype is dtype
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(ours.double(), truth, atol=32 * eps, rtol=8 * eps)
+    assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
+
+
+@pytest.mark.parametrize("dtype", LOW)
+def test_cpu_attention_writes_every_element_and_the_same_bits(library, dtype):
+    threads = torch.get_num_threads()
+    torch.use_deterministic_algorithms(True)  # uninitialised memory is filled with NaN
+    try:
+        for case in (*PAIRS, _pair(5, 4, 16, 32, 40, 56)):
+            tensors = case.inputs(0, "cpu", dtype)
+            found = []
+            for count in (1, 2, 3):
+                torch.set_num_threads(count)
+                found.append(_with_gradients(case, tensors, "cpu"))
+            for others in found[1:]:
+                assert all(torch.equal(a, b) for a, b in zip(found[0], others, strict=True))
+            assert not any(t.isnan().any() for t in found[0])
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.set_num_threads(threads)
+
+
+POISONED = """
+import sys, torch
+from seaattn_kernels import verify
+case = verify.OperatorCase(
+    "axial_attention_pair", ((2, 76, 5), (2, 76, 19), *[(1, 20, 16)] * 4), (2, 10))
+leaves = [t.requires_grad_() for t in case.inputs(0, "cpu", torch.float32)]
+out = case.run(leaves, "cpu")
+torch.save([*out, *torch.autograd.grad(sum(t.square().sum() for t in out), leaves)], sys.argv[1])
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc fills fresh memory")
+def test_what_lies_beyond_an_axis_reaches_no_result(library, tmp_path):
+    """The axes are padded to whole vectors: the same bits when the padding is 3e38."""
+    results = []
+    for perturb in ("0", "128"):
+        path = tmp_path / perturb
+        subprocess.run(
+            [sys.executable, "-c", POISONED, str(path)],
+            check=True,
+            env={**os.environ, "MALLOC_PERTURB_": perturb},
+            cwd=ROOT,
+            timeout=120,
+        )
+        results.append(torch.load(path))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert not any(t.isnan().any() for t in results[0])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30])
+@pytest.mark.parametrize("channel", [3, 13, 25])  # of q, k, v
+def test_cpu_attention_beyond_numbers(library, channel, value):
+    """NaN, infinity and scores past the range of exp go where the reference's go."""
+    case = PAIRS[2]
+    tensors = case.inputs(0, "cpu", torch.float32)
+    tensors[0][1, channel, 4] = value
+    found = case.run(tensors, "cpu")
+    for ours, theirs in zip(found, case.run(tensors, "reference"), strict=True):
+        torch.testing.assert_close(ours, theirs, equal_nan=True)
+
+
+def test_cpu_attention_of_large_scores(library):
+    """A softmax of one 1 and otherwise zeros, without overflow."""
+    case = verify.OperatorCase("axial_attention", ((1, 4, 20),) * 3, (2, 1000.0))
+    tensors = case.inputs(0, "cpu", torch.float32)
+    (ours,), (theirs,) = case.run(tensors, "cpu"), case.run(tensors, "reference")
+    torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)
+    assert ours.isfinite().all()
+
+
+def test_cpu_pair_of_an_empty_batch_has_table_gradients_of_zero(library):
+    case = PAIRS[1]
+    tensors = [t if t.shape[0] == 1 else t[:0] for t in case.inputs(0, "cpu", torch.float32)]
+    *maps, a, b, c, d = _with_gradients(case, tensors, "cpu")
+    assert all(t.shape[0] == 0 for t in maps)
+    assert not any(t.any() for t in (a, b, c, d))
+
+
+def test_cpu_pair_checks_what_it_is_given(library):
+    row, column, table = torch.randn(2, 8, 3), torch.randn(2, 8, 5), torch.randn(1, 2, 4)
+    tables = [table] * 4
+    pair = overload("axial_attention_pair", "cpu")
+    for arguments, message in (
+        ((row[0], column, *tables, 1, 2, 1.0), r"row must be .* got \[8, 3\]"),
+        ((row, column, *tables, 1, 4, 1.0), r"row must be .* heads = 1, D = 4"),
+        ((row, column, *tables, 3, 1, 1.0), r"row must be .* heads = 3"),
+        ((row, column, *tables, 0, 1, 1.0), r"row must be .* heads = 0"),
+        ((row, column[:1], *tables, 1, 2, 1.0), r"\[2, 8, 3\] Float and \[1, 8, 5\]"),
+        ((row, column[..., :0], *tables, 1, 2, 1.0), "not of length 0"),
+        ((row, column.half(), *tables, 1, 2, 1.0), "of one dtype"),
+        ((row, column, *tables[:3], table[..., :0], 1, 2, 1.0), r"got \[1, 2, 0\]"),
+        ((row, column, *tables[:3], table[:, :1], 1, 2, 1.0), r"heads\*D = 2"),
+        ((row, column, *tables[:3], table.half(), 1, 2, 1.0), r"of the dtype of row, Float, got"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            pair(*arguments)
+    backward = overload("axial_attention_pair_backward", "cpu")
+    gradients = torch.randn(2, 4, 3), torch.randn(2, 4, 5)
+    for wrong in ((gradients[1], gradients[1]), (gradients[0], gradients[1].half())):
+        with pytest.raises(RuntimeError, match=r"a gradient must be \[2, 4, [35]\] Float, got"):
+            backward(*wrong, row, column, *tables, 1, 2, 1.0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.tuples(*[st.integers(1, n) for n in (3, 3, 20, 20, 40, 40)]),
+    points=st.tuples(*[st.integers(1, 40)] * 4),
+    dtype=st.sampled_from(LOW),
+    kind=st.sampled_from(["transposed", "strided", "sliced"]),
+    seed=st.integers(0, 2**20),
+)
+def test_pair_of_any_size(sizes, points, dtype, kind, seed):
+    case = _pair(*sizes, points)
+    tensors = [_axis_view(t, kind) for t in case.inputs(seed, "cpu", dtype)]
+    exact = _with_gradients(case, [t.double() for t in tensors], "reference")
+    for ours, truth in zip(_with_gradients(case, tensors, "auto"), exact, strict=True):
+        eps = torch.finfo(dtype).eps * max(1.0, float(truth.detach().abs().max()))
+        torch.testing.assert_close(ours.double(), truth, atol=64 * eps, rtol=0)
+
+
+# --- training on the CPU ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.name in ops.OPERATORS["cpu"]], ids=str)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_cpu_operators_train_in_one_graph(library, case, dynamic):
+    tensors = case.inputs(0, "cpu", torch.float32)
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda *t: case.run(t, "cpu"), fullgraph=True, dynamic=dynamic, backend="aot_eager"
+    )
+    found = []
+    for function in (compiled, lambda *t: case.run(t, "reference")):
+        leaves = [t.clone().requires_grad_() for t in tensors]
+        out = function(*leaves)
+        found.append([*out, *torch.autograd.grad(sum((t * t).sum() for t in out), leaves)])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.name in ops.OPERATORS["cpu"]], ids=str)
+def test_cpu_gradients_are_recorded_only_where_asked_for(library, case):
+    leaves = [t.requires_grad_() for t in case.inputs(0, "cpu", torch.float32)]
+    out = case.run(leaves, "cpu")
+    plain = torch.autograd.grad(sum(t.sum() for t in out), leaves, retain_graph=True)
+    assert not any(g.requires_grad for g in plain)
+    upstream = [torch.ones_like(t, requires_grad=True) for t in out]
+    recorded = torch.autograd.grad(out, leaves, upstream, create_graph=True)
+    assert all(g.requires_grad for g in recorded)
+
+
+def test_cpu_operators_of_one_input_or_one_output(library):
+    """Inputs without gradients, and a result that nothing depends on."""
+    case = PAIRS[1]
+    row, *rest = case.inputs(0, "cpu", torch.float32)
+    found = []
+    for backend in ("cpu", "reference"):
+        leaf = row.clone().requires_grad_()
+        out, _ = case.run([leaf, *rest], backend)
+        (gradient,) = torch.autograd.grad(out.square().sum(), leaf)
+        found.append(gradient)
+    torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)
+    x = torch.randn(2, 3, 4, 5, requires_grad=True)
+    (gradient,) = torch.autograd.grad(ops.gate(x.detach(), x, backend="cpu").sum(), x)
+    torch.testing.assert_close(gradient, torch.nn.functional.hardsigmoid(x.detach()))
+
+
 @settings(max_examples=80, deadline=None)
 @given(
     shape=st.tuples(*[st.integers(1, n) for n in (3, 40, 20, 20)]),
@@ -502,12 +876,14 @@ def test_explicit_cpu_backend_refuses_what_it_cannot(library):
         ops.axial_squeeze(X.to("meta"), "cpu")
 
 
-def test_auto(library):
+def test_auto(library, monkeypatch):
     device = torch.device("cpu")
-    assert ops.choose("axial_squeeze", "auto", device, torch.float32) == "cpu"
-    assert ops.choose("axial_squeeze", "auto", device, torch.float64) == "reference"
+    for name in ops.OPERATORS["cpu"]:
+        assert ops.choose(name, "auto", device, torch.float32) == "cpu"
+        assert ops.choose(name, "auto", device, torch.float64) == "reference"
+        assert ops.choose(name, "auto", torch.device("meta"), torch.float32) == "reference"
+    monkeypatch.setitem(ops.OPERATORS, "cpu", ("axial_squeeze",))
     assert ops.choose("gate", "auto", device, torch.float32) == "reference"
-    assert ops.choose("axial_squeeze", "auto", torch.device("meta"), torch.float32) == "reference"
 
 
 def test_auto_says_once_that_it_falls_back(monkeypatch):
@@ -531,6 +907,7 @@ def test_environment_sets_what_auto_means(library):
         "import warnings, torch\n"
         "from seaattn_kernels import ops\n"
         "d = torch.device('cpu')\n"
+        "ops.OPERATORS['cpu'] = ('axial_squeeze',)\n"
         "with warnings.catch_warnings(record=True) as seen:\n"
         "    warnings.simplefilter('always')\n"
         "    print(*(ops.choose(o, 'auto', d, torch.float32) for o in ('axial_squeeze', 'gate')))\n"

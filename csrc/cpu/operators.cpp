@@ -1,8 +1,6 @@
 // Tensor checks and registration of the CPU operators. The schemas are defined in ops.py.
 
-#include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 #include <torch/version.h>
@@ -12,8 +10,11 @@
 #include <vector>
 
 #include "block.h"
+#include "broadcast_add.h"
+#include "gate.h"
 #include "simd.h"
 #include "squeeze.h"
+#include "tensors.h"
 
 #define SEAATTN_TEXT(x) #x
 #define SEAATTN_EXPAND(x) SEAATTN_TEXT(x)
@@ -35,14 +36,6 @@ extern "C" __attribute__((used, visibility("default"))) const char seaattn_build
 namespace seaattn {
 namespace {
 
-// Elements that are worth a thread of their own.
-constexpr int64_t kGrain = 16384;
-
-#define SEAATTN_DISPATCH(dtype, name, ...)                                       \
-  AT_DISPATCH_SWITCH(dtype, name,                                                \
-                     AT_DISPATCH_CASE(at::kFloat, __VA_ARGS__) AT_DISPATCH_CASE( \
-                         at::kHalf, __VA_ARGS__) AT_DISPATCH_CASE(at::kBFloat16, __VA_ARGS__))
-
 // What one thread sums into.
 struct Scratch {
   explicit Scratch(int64_t columns) : run(columns), total(columns) {}
@@ -53,11 +46,19 @@ struct Scratch {
   std::vector<double> total;
 };
 
-bool is_channels_last(const at::Tensor& x) {
-  return x.is_contiguous(at::MemoryFormat::ChannelsLast) && !x.is_contiguous();
+// The map in the layout of `like`, whose operators read neighbours.
+at::Tensor dense(const at::Tensor& x, const at::Tensor& like) {
+  return x.contiguous(is_channels_last(like) ? at::MemoryFormat::ChannelsLast
+                                             : at::MemoryFormat::Contiguous);
 }
 
-std::tuple<at::Tensor, at::Tensor> axial_squeeze(const at::Tensor& input) {
+at::Tensor empty_like_map(const at::Tensor& x) {
+  return at::empty(
+      x.sizes(), x.options(),
+      is_channels_last(x) ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous);
+}
+
+std::tuple<at::Tensor, at::Tensor> squeeze(const at::Tensor& input, bool mean) {
   TORCH_CHECK(input.dim() == 4, "axial_squeeze: x must be (B, C, H, W), got ", input.sizes());
   TORCH_CHECK(input.size(2) > 0 && input.size(3) > 0, "axial_squeeze: empty H or W in ",
               input.sizes());
@@ -83,7 +84,7 @@ std::tuple<at::Tensor, at::Tensor> axial_squeeze(const at::Tensor& input) {
           squeeze_channels(from + b * height * width * channels + c, height, width,
                            std::min(kChannelBlock, channels - c), channels,
                            to_row + (b * channels + c) * height,
-                           to_column + (b * channels + c) * width, scratch.view());
+                           to_column + (b * channels + c) * width, scratch.view(), mean);
         }
       });
     } else {
@@ -93,12 +94,16 @@ std::tuple<at::Tensor, at::Tensor> axial_squeeze(const at::Tensor& input) {
         for (int64_t plane = begin; plane < end; ++plane) {
           const int64_t b = plane / channels, c = plane % channels;
           squeeze_plane(from + b * x.stride(0) + c * x.stride(1), height, width, x.stride(2),
-                        to_row + plane * height, to_column + plane * width, scratch.view());
+                        to_row + plane * height, to_column + plane * width, scratch.view(), mean);
         }
       });
     }
   });
   return {row, column};
+}
+
+std::tuple<at::Tensor, at::Tensor> axial_squeeze(const at::Tensor& x) {
+  return squeeze(x, true);
 }
 
 at::Tensor axial_squeeze_backward(const at::Tensor& grad_row, const at::Tensor& grad_column,
@@ -146,6 +151,141 @@ at::Tensor axial_squeeze_backward(const at::Tensor& grad_row, const at::Tensor& 
     }
   });
   return grad;
+}
+
+// The result; where there is a gradient of it, that of v, and in NCHW the sums of that along its
+// rows and columns, each plane's while it is in a cache.
+at::Tensor broadcast_add_map(const at::Tensor* gradient, const at::Tensor& v, const at::Tensor& row,
+                             const at::Tensor& column, int64_t activation, double slope,
+                             at::Tensor* row_sums = nullptr, at::Tensor* column_sums = nullptr) {
+  TORCH_CHECK(v.dim() == 4 && row.sizes() == v.sizes().slice(0, 3) && column.dim() == 3 &&
+                  column.size(0) == v.size(0) && column.size(1) == v.size(1) &&
+                  column.size(2) == v.size(3) && row.scalar_type() == v.scalar_type() &&
+                  column.scalar_type() == v.scalar_type(),
+              "broadcast_add: v, row and column must be (B, C, H, W), (B, C, H), (B, C, W) of one "
+              "dtype, got ",
+              v.sizes(), " ", v.scalar_type(), ", ", row.sizes(), " ", row.scalar_type(), ", ",
+              column.sizes(), " ", column.scalar_type());
+  TORCH_CHECK(
+      !gradient || (gradient->sizes() == v.sizes() && gradient->scalar_type() == v.scalar_type()),
+      "broadcast_add_backward: the gradient must be like v, ", v.sizes(), " ", v.scalar_type(),
+      ", got ", gradient->sizes(), " ", gradient->scalar_type());
+  TORCH_CHECK(0 <= activation && activation < kActivations, "broadcast_add: no activation ",
+              activation);
+  const bool channels_last = is_channels_last(v);
+  const at::Tensor from = dense(v, v), of_gradient = gradient ? dense(*gradient, v) : at::Tensor();
+  // Channels last: vectors of a pixel's channels beside those of the map.
+  const at::Tensor rows = (channels_last ? row.transpose(1, 2) : row).contiguous();
+  const at::Tensor columns = (channels_last ? column.transpose(1, 2) : column).contiguous();
+  at::Tensor out = empty_like_map(v);
+  const int64_t batch = v.size(0), channels = v.size(1), height = v.size(2), width = v.size(3);
+  const auto act = static_cast<Activation>(activation);
+  const float negative = static_cast<float>(slope);
+
+  SEAATTN_DISPATCH(v.scalar_type(), "broadcast_add", [&] {
+    const scalar_t* of_v = from.const_data_ptr<scalar_t>();
+    const scalar_t* upstream = gradient ? of_gradient.const_data_ptr<scalar_t>() : nullptr;
+    const scalar_t* of_row = rows.const_data_ptr<scalar_t>();
+    const scalar_t* of_column = columns.const_data_ptr<scalar_t>();
+    scalar_t* to = out.mutable_data_ptr<scalar_t>();
+    scalar_t* to_row = row_sums ? row_sums->mutable_data_ptr<scalar_t>() : nullptr;
+    scalar_t* to_column = column_sums ? column_sums->mutable_data_ptr<scalar_t>() : nullptr;
+    // A task is a plane, or a line of pixels.
+    const int64_t size = channels_last ? width * channels : height * width;
+    const int64_t tasks = batch * (channels_last ? height : channels);
+    const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, size));
+    at::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
+      Scratch scratch(to_row ? width : 0);
+      for (int64_t task = begin; task < end; ++task) {
+        const scalar_t* g = upstream ? upstream + task * size : nullptr;
+        if (channels_last) {
+          broadcast_add_pixels(g, of_v + task * size, of_row + task * channels,
+                               of_column + task / height * size, width, channels, act, negative,
+                               to + task * size);
+          continue;
+        }
+        broadcast_add_plane(g, of_v + task * size, of_row + task * height, of_column + task * width,
+                            height, width, act, negative, to + task * size);
+        if (to_row) {
+          squeeze_plane(to + task * size, height, width, width, to_row + task * height,
+                        to_column + task * width, scratch.view(), false);
+        }
+      }
+    });
+  });
+  return out;
+}
+
+at::Tensor broadcast_add(const at::Tensor& v, const at::Tensor& row, const at::Tensor& column,
+                         int64_t activation, double slope) {
+  return broadcast_add_map(nullptr, v, row, column, activation, slope);
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> broadcast_add_backward(
+    const at::Tensor& gradient, const at::Tensor& v, const at::Tensor& row,
+    const at::Tensor& column, int64_t activation, double slope) {
+  if (is_channels_last(v)) {
+    at::Tensor dv = broadcast_add_map(&gradient, v, row, column, activation, slope);
+    auto [row_sums, column_sums] = squeeze(dv, false);
+    return {dv, row_sums, column_sums};
+  }
+  at::Tensor row_sums = at::empty(row.sizes(), row.options());
+  at::Tensor column_sums = at::empty(column.sizes(), column.options());
+  at::Tensor dv =
+      broadcast_add_map(&gradient, v, row, column, activation, slope, &row_sums, &column_sums);
+  return {dv, row_sums, column_sums};
+}
+
+void check_gate(const at::Tensor& x, const at::Tensor& y) {
+  TORCH_CHECK(x.dim() == 4 && x.sizes() == y.sizes() && x.scalar_type() == y.scalar_type(),
+              "gate: all maps must be (B, C, H, W) of one shape and dtype, got ", x.sizes(), " ",
+              x.scalar_type(), " and ", y.sizes(), " ", y.scalar_type());
+}
+
+// Calls body(begin, count) for runs of whole vectors, so that the last elements, which make none,
+// are the same ones on any number of threads.
+template <typename Body>
+void for_runs(int64_t n, const Body& body) {
+  constexpr int64_t kRun = 64;
+  at::parallel_for(0, (n + kRun - 1) / kRun, kGrain / kRun, [&](int64_t begin, int64_t end) {
+    body(begin * kRun, std::min(end * kRun, n) - begin * kRun);
+  });
+}
+
+at::Tensor gate_map(const at::Tensor& x, const at::Tensor& y, bool hard) {
+  check_gate(x, y);
+  const at::Tensor of_x = dense(x, x), of_y = dense(y, x);
+  at::Tensor out = empty_like_map(x);
+  SEAATTN_DISPATCH(x.scalar_type(), "gate", [&] {
+    const scalar_t* from_x = of_x.const_data_ptr<scalar_t>();
+    const scalar_t* from_y = of_y.const_data_ptr<scalar_t>();
+    scalar_t* to = out.mutable_data_ptr<scalar_t>();
+    for_runs(x.numel(), [&](int64_t begin, int64_t count) {
+      gate(from_x + begin, from_y + begin, count, hard, to + begin);
+    });
+  });
+  return out;
+}
+
+std::tuple<at::Tensor, at::Tensor> gate_map_backward(const at::Tensor& gradient,
+                                                     const at::Tensor& x, const at::Tensor& y,
+                                                     bool hard) {
+  check_gate(x, y);
+  check_gate(x, gradient);
+  const at::Tensor upstream = dense(gradient, x), of_x = dense(x, x), of_y = dense(y, x);
+  at::Tensor dx = empty_like_map(x), dy = empty_like_map(x);
+  SEAATTN_DISPATCH(x.scalar_type(), "gate_backward", [&] {
+    const scalar_t* from = upstream.const_data_ptr<scalar_t>();
+    const scalar_t* from_x = of_x.const_data_ptr<scalar_t>();
+    const scalar_t* from_y = of_y.const_data_ptr<scalar_t>();
+    scalar_t* to_x = dx.mutable_data_ptr<scalar_t>();
+    scalar_t* to_y = dy.mutable_data_ptr<scalar_t>();
+    for_runs(x.numel(), [&](int64_t begin, int64_t count) {
+      gate_backward(from + begin, from_x + begin, from_y + begin, count, hard, to_x + begin,
+                    to_y + begin);
+    });
+  });
+  return {dx, dy};
 }
 
 template <typename T>
@@ -220,6 +360,10 @@ at::Tensor sea_attention(const at::Tensor& input, at::TensorList weights, int64_
 TORCH_LIBRARY_IMPL(seaattn_kernels, CPU, library) {
   library.impl("axial_squeeze.cpu", axial_squeeze);
   library.impl("axial_squeeze_backward.cpu", axial_squeeze_backward);
+  library.impl("broadcast_add.cpu", broadcast_add);
+  library.impl("broadcast_add_backward.cpu", broadcast_add_backward);
+  library.impl("gate.cpu", gate_map);
+  library.impl("gate_backward.cpu", gate_map_backward);
   library.impl("sea_attention.cpu", sea_attention);
 }
 
