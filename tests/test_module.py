@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import seaattn_kernels
-from seaattn_kernels import SeaAttention, budget, ops, reference, verify
+from seaattn_kernels import SeaAttention, budget, module, ops, reference, verify
 from seaattn_kernels.layers import make_activation, make_norm
 
 
@@ -368,6 +368,43 @@ def test_trains_compiled_without_a_graph_break(mode):
     found = run(block, x, upstream, compiled)
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=0, atol=1e-11)
+
+
+def test_trains_compiled_on_the_operators_of_a_cpu(library):
+    """In float32 the graph holds the compiled operators; a step of every size, in one graph."""
+    torch._dynamo.reset()
+    block = make(backend="cpu")
+    twin = copy.deepcopy(block)
+    compiled = torch.compile(block, fullgraph=True, dynamic=True, backend="aot_eager")
+    for size in ((7, 9), (12, 17)):
+        x, upstream = torch.randn(2, 2, 16, *size)
+        expected, found = run(twin, x, upstream), run(block, x, upstream, compiled)
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_gradients_of_queries_and_keys_are_dense(layout):
+    """A BatchNorm's backward is several times slower for a slice."""
+    maps = [torch.randn(2, c, 3, 5, dtype=torch.float64) for c in (4, 4, 8)]
+    q, k, v = (t.contiguous(memory_format=layout).requires_grad_() for t in maps)
+    out = module._Concatenate.apply(q, k, v)
+    assert torch.equal(out, torch.cat([q, k, v], dim=1))
+    upstream = torch.randn(2, 16, 3, 5, dtype=torch.float64).contiguous(memory_format=layout)
+    gradients = torch.autograd.grad(out, (q, k, v), upstream)
+    assert torch.equal(torch.cat(gradients, dim=1), upstream)
+    assert all(g.is_contiguous(memory_format=layout) for g in gradients[:2])
+    assert torch.autograd.gradgradcheck(module._Concatenate.apply, (q, k, v))
+
+
+def test_second_derivative_is_the_references():
+    block = make(activation="silu", dtype=torch.float64)
+    x = torch.randn(2, 16, 4, 5, dtype=torch.float64, requires_grad=True)
+    found = []
+    for function in (block, partial(reference.sea_attention, block)):
+        (first,) = torch.autograd.grad(function(x).square().sum(), x, create_graph=True)
+        found.append(torch.autograd.grad(first.square().sum(), x)[0])
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
 
 
 def test_compiled_block_of_any_size():
