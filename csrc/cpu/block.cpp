@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "axial_attention.h"
+#include "gate.h"
 #include "panels.h"
 #include "squeeze.h"
 #include "stages.h"
@@ -410,7 +411,7 @@ class Block {
                                     s_.axis_length(), 1},
                 values, panels_of(pixels) * kPanel, work.attended.data, work.attended.stride);
       for (int64_t n = 0; n < panels; ++n) {
-        activate(pixels * kPanel, work.attended.from(n).data, activation());
+        activate(pixels * kPanel, work.attended.from(n).data, s_.activation, s_.negative_slope);
       }
       product(pixels, panels, values, {work.attended.data, work.attended.stride},
               {w_.encode_weight + of_columns * panels * values * kPanel, values * kPanel},
@@ -512,7 +513,8 @@ class Block {
     const int64_t panels = s_.panels(), channel_panels = panels_of(s_.channels);
     for (int64_t n = 0; n < panels; ++n) {
       depthwise(field.panels.from(n).data, segments, count, w_.dw_weight + n * 9 * kPanel,
-                w_.dw_bias + n * kPanel, activation(), work.hidden.from(n).data);
+                w_.dw_bias + n * kPanel, s_.activation, s_.negative_slope,
+                work.hidden.from(n).data);
     }
     const ConstPanels hidden = {work.hidden.data, work.hidden.stride};
     product(pixels, channel_panels, panels * kPanel, hidden,
@@ -520,13 +522,14 @@ class Block {
     for (int64_t n = 0; n < s_.value_panels(); ++n) {
       const float* row = i.encoded.from(n).data;
       mix(field.panels.from(s_.key_panels() + n).data, segments, count, row,
-          row + s_.height * kPanel, activation(), work.hidden.from(n).data);
+          row + s_.height * kPanel, s_.activation, s_.negative_slope, work.hidden.from(n).data);
     }
     product(pixels, channel_panels, s_.values(), hidden, {w_.proj_weight, s_.values() * kPanel},
             w_.proj_bias, work.weight, nullptr,
             result(image, segments[0].row, segments[0].column, pixels));
     for (int64_t n = 0; n < channel_panels; ++n) {
-      weigh(pixels * kPanel, work.weight.from(n).data, work.detail.from(n).data, s_.hard);
+      float* weight = work.weight.from(n).data;
+      gate(weight, work.detail.from(n).data, pixels * kPanel, s_.hard, weight);
     }
     for (int64_t k = 0; k < count;) {
       const Segment& first = segments[k];
@@ -541,10 +544,6 @@ class Block {
                                 first.column * out_.pixel,
                             out_.channel, out_.pixel});
     }
-  }
-
-  Activation activation() const {
-    return {s_.activation, s_.negative_slope};
   }
 
   const BlockSizes& s_;

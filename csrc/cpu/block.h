@@ -9,13 +9,14 @@
 #include <cstdint>
 #include <functional>
 
+#include "activation.h"
 #include "product.h"
 
 namespace seaattn {
 
 struct BlockSizes {
   int64_t channels, height, width, heads, key_dim, value_dim;
-  int64_t activation;  // as in reference.ACTIVATIONS
+  Activation activation;
   float negative_slope;
   bool hard;
 

@@ -5,37 +5,6 @@
 namespace seaattn {
 namespace {
 
-template <Activation kActivation>
-SEAATTN_INLINE float activate(float z, float slope) {
-  if constexpr (kActivation == kRelu) {
-    return choose(z <= 0.0f, 0.0f, z);
-  } else if constexpr (kActivation == kRelu6) {
-    return clamp6(z);
-  } else if constexpr (kActivation == kLeakyRelu) {
-    return choose(z > 0.0f, z, z * slope);
-  } else if constexpr (kActivation == kSilu) {
-    return z / (1.0f + exponential(-z));
-  } else {
-    return z;
-  }
-}
-
-template <Activation kActivation>
-SEAATTN_INLINE float activate_backward(float gradient, float z, float slope) {
-  if constexpr (kActivation == kRelu) {
-    return choose(z <= 0.0f, 0.0f, gradient);
-  } else if constexpr (kActivation == kRelu6) {
-    return choose((z <= 0.0f) | (z >= 6.0f), 0.0f, gradient);
-  } else if constexpr (kActivation == kLeakyRelu) {
-    return choose(z > 0.0f, gradient, gradient * slope);
-  } else if constexpr (kActivation == kSilu) {
-    const float s = sigmoid(z);
-    return gradient * s * (1.0f + z * (1.0f - s));
-  } else {
-    return gradient;
-  }
-}
-
 template <Activation kActivation, bool kBackward, typename T>
 SEAATTN_INLINE T element(const T* gradient, int64_t at, float z, float slope) {
   if constexpr (kBackward) {

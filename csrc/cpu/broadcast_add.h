@@ -10,11 +10,9 @@
 
 #include <cstdint>
 
-namespace seaattn {
+#include "activation.h"
 
-// The codes of reference.ACTIVATIONS.
-enum Activation : int64_t { kIdentity, kRelu, kRelu6, kLeakyRelu, kSilu };
-constexpr int64_t kActivations = 5;
+namespace seaattn {
 
 // One plane of an NCHW map. Where `gradient` is not null, dv instead of the result.
 template <typename T>

@@ -312,14 +312,19 @@ at::Tensor sea_attention(const at::Tensor& input, at::TensorList weights, int64_
   TORCH_CHECK(heads > 0 && key_dim > 0 && weights[6].size(2) % heads == 0,
               "sea_attention: heads and key_dim must be positive and divide the values, got ",
               heads, " and ", key_dim);
-  TORCH_CHECK(0 <= activation && activation < 5, "sea_attention: no activation ", activation);
+  TORCH_CHECK(0 <= activation && activation < kActivations, "sea_attention: no activation ",
+              activation);
   const bool channels_last = is_channels_last(input);
   const at::Tensor x =
       channels_last || input.stride(3) == 1 || input.size(3) == 1 ? input : input.contiguous();
-  const BlockSizes sizes = {x.size(1),  x.size(2),
-                            x.size(3),  heads,
-                            key_dim,    weights[6].size(2) / heads,
-                            activation, static_cast<float>(negative_slope),
+  const BlockSizes sizes = {x.size(1),
+                            x.size(2),
+                            x.size(3),
+                            heads,
+                            key_dim,
+                            weights[6].size(2) / heads,
+                            static_cast<Activation>(activation),
+                            static_cast<float>(negative_slope),
                             hard};
   const int64_t projected = sizes.panels(), values = sizes.value_panels(), lanes = kPanel;
   const int64_t channels = panels_of(sizes.channels);

@@ -1,10 +1,8 @@
 #include "panels.h"
 
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
 #include <algorithm>
 
+#include "elementwise.h"
 #include "simd.h"
 
 namespace seaattn {
@@ -13,45 +11,20 @@ namespace {
 template <int kWidth>
 using Float = typename Vectors<kWidth>::Float;
 
-template <int kWidth>
-SEAATTN_INLINE Float<kWidth> read(const c10::Half* from) {
-  Float<kWidth> values;
-  for (int l = 0; l < kWidth; ++l) values[l] = static_cast<float>(from[l]);
-  return values;
+template <int kWidth, typename T>
+SEAATTN_INLINE Float<kWidth> read(const T* from) {
+  float wide[kWidth];
+#pragma omp simd
+  for (int l = 0; l < kWidth; ++l) wide[l] = widen(from[l]);
+  return *(const Float<kWidth>*)wide;
 }
 
-template <int kWidth>
-SEAATTN_INLINE Float<kWidth> read(const float* from) {
-  return *(const Float<kWidth>*)from;
-}
-
-// bfloat16 is the upper half of a float.
-template <int kWidth>
-SEAATTN_INLINE Float<kWidth> read(const c10::BFloat16* from) {
-  typedef typename Vectors<kWidth>::Word Word;
-  const auto halves = *(const typename Vectors<kWidth>::Half*)from;
-  return (Float<kWidth>)(__builtin_convertvector(halves, Word) << 16);
-}
-
-template <int kWidth>
-SEAATTN_INLINE void write(c10::Half* to, Float<kWidth> values) {
-  for (int l = 0; l < kWidth; ++l) to[l] = static_cast<float>(values[l]);
-}
-
-template <int kWidth>
-SEAATTN_INLINE void write(float* to, Float<kWidth> values) {
-  *(Float<kWidth>*)to = values;
-}
-
-// To the nearest, ties to even; NaN stays one.
-template <int kWidth>
-SEAATTN_INLINE void write(c10::BFloat16* to, Float<kWidth> values) {
-  typedef typename Vectors<kWidth>::Word Word;
-  typedef typename Vectors<kWidth>::Half Half;
-  const Word bits = (Word)values;
-  const Word nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
-  const Word nan = (Word)(values != values);
-  *(Half*)to = __builtin_convertvector((nearest & ~nan) | (nan & 0x7FC0), Half);
+template <int kWidth, typename T>
+SEAATTN_INLINE void write(T* to, Float<kWidth> values) {
+  float wide[kWidth];
+  *(Float<kWidth>*)wide = values;
+#pragma omp simd
+  for (int l = 0; l < kWidth; ++l) to[l] = narrow<T>(wide[l]);
 }
 
 // rows[i][j] -> rows[j][i], by rounds in which the rows of the two halves are interleaved.
@@ -128,8 +101,7 @@ SEAATTN_INLINE void to_panels_body(Pixels<const T> x, int64_t channels, int64_t 
       for (int64_t p = 0; p < pixels; ++p) {
         for (int64_t l = 0; l < kPanel; ++l) {
           panels[p * kPanel + l] =
-              l < count ? static_cast<float>(from[p * x.pixel_stride + l * x.channel_stride])
-                        : 0.0f;
+              l < count ? widen(from[p * x.pixel_stride + l * x.channel_stride]) : 0.0f;
         }
       }
     }
@@ -162,8 +134,7 @@ SEAATTN_INLINE void from_panels_body(const float* panels, int64_t stride, int64_
     } else {
       for (int64_t p = 0; p < pixels; ++p) {
         for (int64_t l = 0; l < count; ++l) {
-          to[p * out.pixel_stride + l * out.channel_stride] =
-              static_cast<T>(panels[p * kPanel + l]);
+          to[p * out.pixel_stride + l * out.channel_stride] = narrow<T>(panels[p * kPanel + l]);
         }
       }
     }

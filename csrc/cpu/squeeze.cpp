@@ -4,10 +4,9 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
-#include <cstring>
 
 #include "elementwise.h"
-#include "lanes.h"
+#include "simd.h"
 
 namespace seaattn {
 namespace {
@@ -16,6 +15,17 @@ namespace {
 constexpr int64_t kRunOfRows = 16;
 constexpr int64_t kRunOfElements = 2048;  // 128 a lane
 constexpr int64_t kRunOfPixels = 16;
+
+constexpr int64_t kLanes = 16;
+typedef Vectors<kLanes>::Float Lanes;
+
+template <typename T>
+SEAATTN_INLINE Lanes load(const T* from) {
+  float wide[kLanes];
+#pragma omp simd
+  for (int64_t l = 0; l < kLanes; ++l) wide[l] = widen(from[l]);
+  return *(const Lanes*)wide;
+}
 
 template <typename T>
 SEAATTN_INLINE T rounded(double sum, double reciprocal) {
@@ -38,7 +48,7 @@ SEAATTN_INLINE void add_rows(const T* x, int64_t row_stride, int64_t width, floa
         parts[r] += values;
         of_columns += values;
       }
-      std::memcpy(run + j, &of_columns, sizeof(of_columns));
+      *(Lanes*)(run + j) = of_columns;
     }
     for (int r = 0; r < kRows; ++r) {
       float tail = 0.0f;

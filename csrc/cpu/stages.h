@@ -3,38 +3,31 @@
 
 #include <cstdint>
 
+#include "activation.h"
 #include "product.h"
 
 namespace seaattn {
 
-// Some neighbours of a row of the map: where they lie in a panel of q, k and v, in floats. `above`,
-// `here` and `below` are the pixels to the left of the first in three rows.
+// Some neighbours in a row of the map, and where they lie in a panel of q, k and v, in floats:
+// `above`, `here` and `below` are the pixels to the left of the first in three rows.
 struct Segment {
   int64_t above, here, below;
   int64_t row, column, pixels;
 };
 
-struct Activation {
-  int64_t code;  // as in reference.ACTIVATIONS
-  float negative_slope;
-};
-
 // out = act(depthwise 3x3 convolution of the field), of one panel. `weight` is (9, 16).
 void depthwise(const float* field, const Segment* segments, int64_t count, const float* weight,
-               const float* bias, Activation activation, float* out);
+               const float* bias, Activation activation, float slope, float* out);
 
-// out = act(v + row + column), of one panel. v lies in the field, `row` is (height, 16), `column`
-// (width, 16).
+// out = act(v + (row + column)), of one panel. v lies in the field, `row` is (height, 16),
+// `column` (width, 16).
 void mix(const float* field, const Segment* segments, int64_t count, const float* row,
-         const float* column, Activation activation, float* out);
+         const float* column, Activation activation, float slope, float* out);
 
 // x = act(x)
-void activate(int64_t count, float* x, Activation activation);
+void activate(int64_t count, float* x, Activation activation, float slope);
 
-// x = sigmoid(x) * y, the hard sigmoid or the true one. `count` is a multiple of 16.
-void weigh(int64_t count, float* x, const float* y, bool hard);
-
-// Means along both axes of one panel: `field` points to the first pixel, `pitch` pixels lie from
+// Means along both axes of one panel, whose first pixel `field` points to: `pitch` pixels lie from
 // row to row. `row` is (height, 16), `column` (width, 16).
 void panel_means(const float* field, int64_t height, int64_t width, int64_t pitch, float* row,
                  float* column);
