@@ -37,7 +37,8 @@ bench: setup
 
 # The kernels without torch and Python, on each instruction set of x86-64 (or on that of this
 # machine), for wrong addresses and undefined behaviour, then for races.
-SANITIZED := $(filter-out %/operators.cpp %/autograd.cpp,$(wildcard csrc/cpu/*.cpp)) tests/sanitize.cpp
+TENSORS := %/operators.cpp %/autograd.cpp %/axial_attention_pair.cpp
+SANITIZED := $(filter-out $(TENSORS),$(wildcard csrc/cpu/*.cpp)) tests/sanitize.cpp
 SANITIZE = $(CXX) -std=c++17 -O1 -g -pthread -fopenmp-simd -Wno-psabi -fno-sanitize-recover=all \
 	-Icsrc/cpu -I$(shell $(PY) -c "import torch.utils.cpp_extension as c; print(c.include_paths()[0])")
 ifeq ($(shell uname -m),x86_64)
