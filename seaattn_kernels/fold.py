@@ -150,6 +150,7 @@ class FoldedWeights:
     module_dtype: torch.dtype
     _casts: dict = field(default_factory=dict, init=False, repr=False)
     _ready: dict = field(default_factory=dict, init=False, repr=False)
+    _calls: dict = field(default_factory=dict, init=False, repr=False)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -184,10 +185,17 @@ class FoldedWeights:
             if (dtype, kind) not in self._casts:
                 self._casts[dtype, kind] = self._cast(dtype, kind)
             ready = self._make(key, self._casts[dtype, kind])
-        for old in list(self._ready)[: 1 - MAP_SIZES]:
-            self._ready.pop(old, None)
-        self._ready[key] = ready
+        _keep(self._ready, key, ready)
         return ready
+
+    def recall(self, key: tuple) -> tuple | None:
+        """What :meth:`remember` was last told for this key, in an ordinary call."""
+        return None if traced() else self._calls.get(key)
+
+    def remember(self, key: tuple, call: tuple) -> None:
+        """Keep what was settled for a map; for the last :data:`MAP_SIZES` of them."""
+        if not traced():
+            _keep(self._calls, key, call)
 
     def _make(self, key: _Key, casts: list[Tensor]) -> Weights:
         _, height, width, backend = key
@@ -243,6 +251,12 @@ class FoldedWeights:
     def _position(self, length: int, of_columns: bool = False) -> Tensor:
         tables = self.tables[2:] if of_columns else self.tables[:2]
         return reference.interpolate(torch.cat(tables, dim=1), length)[0]
+
+
+def _keep(table: dict, key: tuple, value: tuple) -> None:
+    for old in list(table)[: 1 - MAP_SIZES]:
+        table.pop(old, None)
+    table[key] = value
 
 
 def _widest(device: torch.device) -> torch.dtype:

@@ -454,6 +454,9 @@ def sea_attention(x: Tensor, folded, backend: str = "auto") -> Tensor:
     taken from the means of x, or of the projected map where that is cheaper. Products accumulate in
     float32 at least. No autograd: for gradients call the module.
 
+    On a CPU "auto" is the fused block in C++, in float32 from the map to the result whatever the
+    dtype; its bits do not depend on the number of threads.
+
     On a GPU "auto" is the fused block, four or five launches of Triton, and folded PyTorch where
     :mod:`crossover` expects that to be faster. Its products take float32 as convolutions do, by
     ``torch.backends.cudnn.conv.fp32_precision``; along an axis by that of ``cuda.matmul``.
@@ -473,9 +476,15 @@ def sea_attention(x: Tensor, folded, backend: str = "auto") -> Tensor:
     """
     if not hasattr(folded, "module_dtype"):
         raise TypeError(f"folded must be a fold.FoldedWeights, got {describe(folded)}")
-    check_input(x, folded.convolutions[0], folded.module_dtype)
+    key = _key(x, backend)
+    call = None if key is None else folded.recall(key)
+    if call is None:
+        check_input(x, folded.convolutions[0], folded.module_dtype)
     if x.requires_grad and torch.is_grad_enabled():
         raise RuntimeError("sea_attention has no backward: call the module, or use torch.no_grad()")
+    if call is not None:
+        overload, arguments = call
+        return overload(x, *arguments)
     target = autocast_dtype(x.device)
     if target is not None and x.dtype is not torch.float64:
         x = x.to(target)
@@ -483,13 +492,27 @@ def sea_attention(x: Tensor, folded, backend: str = "auto") -> Tensor:
         backend = "reference"
     head = folded.key_dim, folded.value_dim
     overload, backend = _select("sea_attention", backend, x, head)
+    arguments = (
+        folded.weights(x.dtype, x.shape[2], x.shape[3], backend),
+        folded.heads,
+        folded.key_dim,
+        folded.activation_code,
+        folded.negative_slope,
+        folded.hard,
+    )
+    if key is not None:
+        folded.remember(key, (overload, arguments))
     with autocast_off(x.device):
-        return overload(
-            x,
-            folded.weights(x.dtype, x.shape[2], x.shape[3], backend),
-            folded.heads,
-            folded.key_dim,
-            folded.activation_code,
-            folded.negative_slope,
-            folded.hard,
-        )
+        return overload(x, *arguments)
+
+
+def _key(x: Tensor, backend: str) -> tuple | None:
+    """What the checks of a map and the choice of its overload depend on.
+
+    None where they depend on more: on autocast, on a transform, on the switch of TF32.
+    """
+    if type(x) is not Tensor or transformed() or autocast_dtype(x.device) is not None:
+        return None
+    if x.dtype is torch.float32 and x.device.type == "cuda":
+        return None
+    return x.shape, x.dtype, x.device, backend, _AUTO

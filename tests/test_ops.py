@@ -1030,3 +1030,31 @@ def test_the_switch_of_convolutions_is_not_traced():
             assert call(torch.zeros(1)) == expected
     finally:
         conv.fp32_precision = before
+
+
+def test_what_was_settled_for_a_map_is_not_settled_again(monkeypatch):
+    block = verify.randomise(SeaAttention(16)).eval()
+    x = torch.randn(2, 16, 5, 6)
+    with torch.no_grad():
+        folded = block._folds.get(block)
+        expected = ops.sea_attention(x, folded)
+        settled = []
+        select = ops._select
+        monkeypatch.setattr(ops, "_select", lambda *a: settled.append(a[2].shape) or select(*a))
+        assert torch.equal(ops.sea_attention(x, folded), expected)
+        assert not settled
+        ops.sea_attention(x[:1], folded)
+        ops.sea_attention(x, folded, "reference")
+        assert len(settled) == 2
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert ops.sea_attention(x, folded).dtype is torch.bfloat16
+        with pytest.raises(ValueError, match="C=16"):
+            ops.sea_attention(x[:, 1:], folded)
+        with pytest.raises(TypeError, match="float64"):
+            ops.sea_attention(x.double(), folded)
+    with pytest.raises(RuntimeError, match="no backward"):
+        ops.sea_attention(x.requires_grad_(), folded)
+    with torch.no_grad():
+        for width in range(100):
+            ops.sea_attention(torch.randn(1, 16, 1, width + 1), folded)
+    assert len(folded._calls) == fold.MAP_SIZES

@@ -176,11 +176,11 @@ SEAATTN_INLINE void product_body(int64_t pixels, int64_t panels, int64_t depth, 
                                  const int32_t* where, const Fetch& fetch) {
   const int64_t groups = (panels + Isa::kPanels - 1) / Isa::kPanels;
   Fetcher fetcher(fetch, groups * runs_of(depth) * blocks_of(pixels, Isa::kRows));
-  for (int64_t n = 0; n < panels; n += Isa::kPanels) {
+  for (int64_t group = 0; group < groups; ++group) {
+    const int64_t n = panels * group / groups, end = panels * (group + 1) / groups;
     product_panels<Isa::kWidth, Isa::kRows, Isa::kPanels>(
-        std::min<int64_t>(Isa::kPanels, panels - n), pixels, depth, a, weight.from(n),
-        bias == nullptr ? nullptr : bias + n * kPanel, out.from(n), where,
-        n + Isa::kPanels >= panels, fetcher);
+        end - n, pixels, depth, a, weight.from(n), bias == nullptr ? nullptr : bias + n * kPanel,
+        out.from(n), where, end == panels, fetcher);
   }
 }
 
