@@ -68,7 +68,8 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--threads", type=positive_argument, help="torch.set_num_threads")
     run.add_argument(
         "--providers", nargs="+", choices=PROVIDERS, metavar="PROVIDER",
-        help=f"of {', '.join(PROVIDERS)}; default: without autotune, with --quick without compile",
+        help=f"of {', '.join(PROVIDERS)}; default: {', '.join(DEFAULT_PROVIDERS)}, "
+        "with --quick without compile",
     )  # fmt: skip
     each = commands.add_parser(
         "operators", parents=[timed],

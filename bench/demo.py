@@ -1,34 +1,25 @@
 """The demonstration: an eager model, replaced, on a photograph; then its attention block."""
 
 import argparse
-import copy
 import pickle
 import sys
 import textwrap
 from pathlib import Path
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from matplotlib.cbook import get_sample_data
-from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from bench import results
 from bench.cases import CASES, SWEEP_SIDES
-from bench.eager import as_eager
 from bench.measure import DTYPES, auto_backend, busy, device_argument, measure
+from bench.models import Segmenter
+from bench.picture import SIDE, photograph
 from bench.plot import plot
-from bench.timing import Measured, check_then_time
-from seaattn_kernels import replace_sea_attention, seaformer
+from seaattn_kernels import seaformer
 from seaattn_kernels.budget import SEEDS
 from seaattn_kernels.verify import randomise
 
-SIDE = 512
-# Of ImageNet, as the official models were trained.
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
 LIMITS = {
     "cpu": "its matrix products alone, by torch.mm",
     "cuda": "its FLOP or bytes at the measured rates, and one launch",
@@ -117,16 +108,6 @@ def run(
     return 0 if ok else 1
 
 
-def photograph(path: Path | str | None) -> Tensor:
-    """``(1, 3, 512, 512)``, normalised; the sample that comes with matplotlib if None."""
-    with Image.open(path or get_sample_data("grace_hopper.jpg", asfileobj=False)) as picture:
-        pixels = np.array(picture.convert("RGB"), dtype=np.float32) / 255
-    x = torch.from_numpy((pixels - np.float32(MEAN)) / np.float32(STD)).permute(2, 0, 1)[None]
-    return F.interpolate(
-        x.contiguous(), (SIDE, SIDE), mode="bilinear", align_corners=False, antialias=True
-    )
-
-
 def _load(variant: str, checkpoint: Path | str | None) -> tuple[nn.Module, str]:
     """The segmenter, and what its weights are."""
     model = seaformer.seaformer_segmenter(variant)
@@ -144,52 +125,15 @@ def _model(
 ) -> tuple[bool, list[dict]]:
     """The segmenter on the photograph: prints, and returns whether it is right, and its row."""
     model = model.to(device, DTYPES[dtype]).eval()
-    x = x.to(device, DTYPES[dtype])
-    eager, exact = as_eager(model), as_eager(model).double()
-    ours = copy.deepcopy(eager)
+    segmenter = Segmenter(model, x.to(device, DTYPES[dtype]), title)
     print("\n>>> print(replace_sea_attention(model))")
-    print(textwrap.indent(str(replace_sea_attention(ours)), "    "))
-
-    with torch.inference_mode():
-        # A deep network magnifies rounding at a few pixels by far: ten samples make a steady error.
-        views = [x.roll(seed * SIDE // len(SEEDS), dims=3) for seed in SEEDS]
-        measured = check_then_time({"eager": eager, "ours": ours}, views, exact, seconds)
-        same = (ours(x).argmax(1) == eager(x).argmax(1)).double().mean().item()
-    return _report(measured, same, title, device, dtype)
-
-
-def _report(
-    measured: Measured, same: float, name: str, device: torch.device, dtype: str
-) -> tuple[bool, list[dict]]:
+    print(textwrap.indent(str(segmenter.report), "    "))
+    measured = segmenter.measure(seconds)
     if "ours" not in measured.timings:
         print(f"  ours is not timed, it is {measured.refused['ours']}")
         return False, []
-    verdict, eager, ours = (
-        measured.verdicts["ours"], measured.timings["eager"], measured.timings["ours"],
-    )  # fmt: skip
-    print(f"  error against float64  {verdict}")
-    print(f"  same class as eager    {100 * same:.3f} % of the pixels")
-    print(f"  eager {eager.median * 1e3:.1f} ms, ours {ours.median * 1e3:.1f} ms: "
-          f"{eager.median / ours.median:.2f}x")  # fmt: skip
-    row = {
-        "kind": "model",
-        "case": name,
-        "height": SIDE,
-        "width": SIDE,
-        "batch": 1,
-        "dtype": dtype,
-        "device": device.type,
-        "provider": "auto",
-        "ms_eager": eager.median * 1e3,
-        "ms": ours.median * 1e3,
-        "ms_low": ours.low * 1e3,
-        "ms_high": ours.high * 1e3,
-        "ms_first": ours.first * 1e3,
-        "speedup": eager.median / ours.median,
-        "same_class": same,
-        "rms_error": verdict.rms,
-        "rms_error_eager": verdict.eager_rms,
-        "max_error": verdict.maximum,
-        "max_error_eager": verdict.eager_maximum,
-    }
+    row = segmenter.row(measured)
+    print(f"  error against float64  {measured.verdicts['ours']}")
+    print(f"  same class as eager    {100 * row['same_class']:.3f} % of the pixels")
+    print(f"  eager {row['ms_eager']:.1f} ms, ours {row['ms']:.1f} ms: {row['speedup']:.2f}x")
     return True, [row]

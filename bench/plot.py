@@ -18,6 +18,10 @@ _STYLES = {
     "auto": {"color": "#0072B2", "marker": "D", "linestyle": "-"},
     "compile": {"color": "#CC79A7", "marker": "^", "linestyle": (0, (5, 1, 1, 1, 1, 1))},
     "autotune": {"color": "#D55E00", "marker": "P", "linestyle": (0, (1, 1))},
+    "channels_last": {"color": "#332288", "marker": "d", "linestyle": "-"},
+    "freezing": {"color": "#882255", "marker": "X", "linestyle": (0, (5, 1, 1, 1))},
+    "onnxruntime": {"color": "#999933", "marker": "<", "linestyle": "--"},
+    "openvino": {"color": "#AA4499", "marker": ">", "linestyle": "--"},
     "limit": {"color": "black", "marker": "", "linestyle": "--"},
 }
 _LABELS = {
@@ -27,6 +31,10 @@ _LABELS = {
     "auto": "seaattn_kernels",
     "compile": "torch.compile",
     "autotune": "torch.compile, max-autotune",
+    "channels_last": "seaattn_kernels, channels_last",
+    "freezing": "torch.compile, freezing",
+    "onnxruntime": "ONNX Runtime",
+    "openvino": "OpenVINO",
     "limit": "limit",
 }
 
@@ -57,12 +65,24 @@ def plot(results: Mapping, path: Path) -> Path:
 
 
 def _blocks(results: Mapping, rows: Sequence[Mapping]) -> Figure:
-    """Speed-up and time by the size of the map."""
-    speedups, times = _collect(rows)
+    """Speed-up and time by the size of the map, a line of charts for each number of threads."""
+    # Older files have no threads in their rows: there is one number of them.
+    groups = list(dict.fromkeys(row.get("threads") for row in rows))
     # Figure without pyplot: no backend is chosen, no display is touched.
-    figure = Figure(figsize=(11, 4.8), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure = Figure(figsize=(11, 4.8 * len(groups)), layout="constrained")
+    for threads, (left, right) in zip(
+        groups, figure.subplots(len(groups), 2, squeeze=False), strict=True
+    ):
+        _chart(left, right, [row for row in rows if row.get("threads") == threads])
+        if len(groups) > 1:
+            left.set_title(f"threads: {threads}", fontsize=10)
+    title = f"Sea attention block ({_cases(rows)}), inference, {_what(rows[0])}"
+    figure.suptitle(f"{title}\n{_where(results, groups)}", fontsize=10)
+    return figure
 
+
+def _chart(left: Axes, right: Axes, rows: Sequence[Mapping]) -> None:
+    speedups, times = _collect(rows)
     _draw(left, speedups)
     left.set_yscale("log", base=2)
     values = [value for name in speedups for y in speedups[name].values() for value in y]
@@ -87,10 +107,7 @@ def _blocks(results: Mapping, rows: Sequence[Mapping]) -> Figure:
         axes.minorticks_off()
         axes.set_xlabel("map, H x W (axis: pixels)")
         axes.grid(color="0.8", linewidth=0.5)
-        axes.legend()
-    title = f"Sea attention block ({_cases(rows)}), inference, {_what(rows[0])}"
-    figure.suptitle(f"{title}\n{_where(results)}", fontsize=10)
-    return figure
+        axes.legend(fontsize="small" if len(times) > 6 else None)
 
 
 def _operators(results: Mapping, rows: Sequence[Mapping]) -> Figure:
@@ -170,9 +187,10 @@ def _name(row: Mapping) -> str:
     return f"{side}²" if height == width else f"{height}x{width}"
 
 
-def _where(results: Mapping) -> str:
+def _where(results: Mapping, threads: Sequence[int | None] = (None,)) -> str:
     machine, versions = results["machine"], results["versions"]
-    where = machine["gpu"] or f"{machine['cpu']}, {machine['torch_threads']} threads"
+    counts = " and ".join(str(count or machine["torch_threads"]) for count in threads)
+    where = machine["gpu"] or f"{machine['cpu']}, {counts} threads"
     return (
         f"{where}, torch {versions['torch']}, "
         f"seaattn_kernels {versions['seaattn_kernels']}, {results['date'][:10]}"

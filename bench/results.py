@@ -43,16 +43,19 @@ def _cpu() -> str:
     return match[1].strip() if match else platform.processor() or platform.machine()
 
 
-def versions() -> dict[str, str | None]:
+def _installed(package: str) -> str | None:
     try:
-        triton = importlib.metadata.version("triton")
+        return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        triton = None
+        return None
+
+
+def versions() -> dict[str, str | None]:
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": numpy.__version__,
-        "triton": triton,
+        **{name: _installed(name) for name in ("triton", "onnxruntime", "openvino")},
         "seaattn_kernels": seaattn_kernels.__version__,
     }
 

@@ -7,8 +7,8 @@ blocks, the order rotates, and the median over blocks is reported with an interv
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import numpy as np
@@ -40,6 +40,17 @@ class Measured(NamedTuple):
     timings: dict[str, Timing]
     verdicts: dict[str, Verdict]
     refused: dict[str, str]
+
+
+@contextmanager
+def with_threads(count: int) -> Iterator[None]:
+    """``torch.set_num_threads``, and back."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def median_interval(samples: Sequence[float]) -> tuple[float, float]:
@@ -95,7 +106,7 @@ def interleave(
 def check_then_time(
     candidates: Mapping[str, Callable[[Tensor], Tensor]],
     inputs: Sequence[Tensor],
-    exact: Callable[[Tensor], Tensor],
+    truth: Sequence[Tensor],
     seconds: float = 2.0,
     alongside: Mapping[str, Callable[[], object]] | None = None,
 ) -> Measured:
@@ -104,23 +115,29 @@ def check_then_time(
     Args:
         candidates: functions of a map; ``"eager"`` is among them and is the measure of the others.
         inputs: maps of one shape, dtype and device.
-        exact: the same function in float64.
+        truth: what the function makes of them in float64.
         seconds: for the timing; see :func:`interleave`.
         alongside: calls timed in the same loop and not judged, such as those of a limit.
 
-    A candidate that errs by more than the budget, or raises, is refused, not timed.
+    A candidate with a method ``bind`` is called on what that makes of a map, ahead of time. A
+    candidate that errs by more than the budget, or raises, is refused, not timed.
     """
     device, dtype = inputs[0].device, inputs[0].dtype
-    truth = [exact(x.double()) for x in inputs]
     eager: list[Tensor] = []
+    bound: dict[str, object] = {}
     first: dict[str, float] = {}
     verdicts: dict[str, Verdict] = {}
     refused: dict[str, str] = {}
     for name in sorted(candidates, key=lambda name: name != "eager"):
         call = candidates[name]
+        bind = getattr(call, "bind", None) or (lambda x: x)
+
+        def start(call=call, bind=bind) -> tuple[object, Tensor]:
+            return (taken := bind(inputs[0])), call(taken)
+
         try:
-            first[name], out = timed_call(lambda call=call: call(inputs[0]), device)
-            outputs = [out, *(call(x) for x in inputs[1:])]
+            first[name], (bound[name], out) = timed_call(start, device)
+            outputs = [out, *(call(bind(x)) for x in inputs[1:])]
         except Exception as error:  # compilers raise what they like: the others go on
             if name == "eager":
                 raise
@@ -132,7 +149,7 @@ def check_then_time(
         if not verdicts[name].ok:
             refused[name] = f"wrong: {verdicts[name]}"
     calls = {
-        name: lambda call=call: call(inputs[0])
+        name: lambda call=call, taken=bound[name]: call(taken)
         for name, call in candidates.items()
         if name not in refused
     }

@@ -18,14 +18,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import __main__ as command
-from bench import demo, operators, results, timing
+from bench import demo, models, operators, peers, picture, results, timing
 from bench import measure as measuring
 from bench.cases import CASES, SWEEP_SIDES, Case
 from bench.eager import EagerSeaAttention, as_eager
 from bench.limit import ProductTime, products
 from bench.measure import PROVIDERS, available, block_of, extra_bytes, measure, refusal
 from bench.plot import _LABELS, _STYLES, plot
-from bench.timing import Timing, check_then_time, interleave, median_interval
+from bench.timing import Timing, check_then_time, interleave, median_interval, with_threads
 from seaattn_kernels import SeaAttention, ops
 from seaattn_kernels.budget import SEEDS
 from seaattn_kernels.patch import Swapped
@@ -213,7 +213,8 @@ def test_a_wrong_candidate_is_refused_before_it_is_timed():
         "eager": candidate("eager", torch.exp),
     }
     alongside = {"other": lambda: None}
-    measured = check_then_time(candidates, inputs, torch.exp, 0.05, alongside)
+    truth = [torch.exp(x.double()) for x in inputs]
+    measured = check_then_time(candidates, inputs, truth, 0.05, alongside)
     assert set(measured.timings) == {"eager", "right", "other"}
     assert set(measured.refused) == {"planted", "nan", "broken"}
     assert measured.verdicts["right"].ok
@@ -222,6 +223,40 @@ def test_a_wrong_candidate_is_refused_before_it_is_timed():
     assert measured.refused["broken"] == "raises RuntimeError: no kernel"
     assert calls["planted"] == calls["nan"] == 3, "once an input, never in the loop"
     assert calls["right"] > 3
+
+
+def test_what_a_candidate_binds_is_bound_ahead_and_timed_in_its_form():
+    class Doubled:
+        bound, taken = 0, set()
+
+        def bind(self, x):
+            self.bound += 1
+            return [x]
+
+        def __call__(self, given):
+            self.taken.add(type(given))
+            return torch.exp(given[0])
+
+    inputs = [torch.randn(64) for _ in range(3)]
+    doubled = Doubled()
+    truth = [torch.exp(x.double()) for x in inputs]
+    measured = check_then_time({"eager": torch.exp, "bound": doubled}, inputs, truth, 0.05)
+    assert measured.timings["bound"].blocks >= 5
+    assert doubled.bound == len(inputs), "never in the loop"
+    assert doubled.taken == {list}
+
+
+def test_threads_are_set_for_a_while():
+    before = torch.get_num_threads()
+
+    def fail():
+        with with_threads(before + 1):
+            assert torch.get_num_threads() == before + 1
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert torch.get_num_threads() == before
 
 
 def test_a_planted_error_in_the_attention_leaves_no_row(monkeypatch):
@@ -268,8 +303,12 @@ def test_a_provider_is_listed_only_where_it_runs(monkeypatch):
     assert "GPU" in refusal("autotune", CASES["B1"], CPU, torch.float16)
     assert "(128, 256)" in refusal("triton", wide, GPU, torch.float16)
     for name in PROVIDERS:
-        assert refusal(name, CASES["B1"], GPU, torch.float16) is None
-        assert name in ("triton", "autotune") or refusal(name, wide, CPU, torch.float16) is None
+        on_a_gpu = refusal(name, CASES["B1"], GPU, torch.float16)
+        assert ("CPU" in on_a_gpu) if name in measuring._NEED_A_CPU else on_a_gpu is None
+        if name in peers.PACKAGES:
+            assert "float32" in refusal(name, wide, CPU, torch.float16)
+        elif name not in ("triton", "autotune"):
+            assert refusal(name, wide, CPU, torch.float16) is None
     monkeypatch.setattr(measuring, "auto_backend", lambda *_: "triton")
     listed = available(PROVIDERS, wide, GPU, torch.float16)
     assert listed == ["eager", "reference", "auto", "compile", "autotune"]
@@ -455,6 +494,7 @@ def test_a_row_says_everything(rows):
     ]
     for row in rows:
         assert (row["batch"], row["dtype"], row["device"]) == (2, "float32", "cpu")
+        assert row["threads"] == torch.get_num_threads()
         assert (row["way"], row["extra_bytes"]) == ("call", None)
         assert 0 < row["ms_low"] <= row["ms"] <= row["ms_high"]
         assert row["ms_first"] > 0
@@ -477,7 +517,8 @@ def test_results_are_read_as_written_and_name_no_one(rows, tmp_path, monkeypatch
     assert document["rows"] == rows
     assert document["command"] == "python -m bench run --out a --b=c"
     assert document["versions"]["torch"] == torch.__version__
-    assert set(document["versions"]) >= {"python", "torch", "numpy", "triton", "seaattn_kernels"}
+    named = {"python", "torch", "numpy", "triton", "onnxruntime", "openvino", "seaattn_kernels"}
+    assert set(document["versions"]) >= named
     machine = document["machine"]
     assert machine["cpu"]
     assert machine["cores"] >= 1
@@ -529,8 +570,8 @@ def test_every_provider_has_a_line_of_its_own():
 
 def test_a_chart_holds_what_is_called(tmp_path):
     """A file without ways is drawn as it is, and replays are left out."""
-    (source,) = (ROOT / "bench" / "results").glob("amd-epyc-2-cores/*.json")
-    old = results.read(source)
+    folder = ROOT / "bench" / "results" / "amd-epyc-2-cores"
+    old = results.read(folder / "float32-batch1-threads2.json")
     old["rows"] = [row for row in old["rows"] if row["case"] == "T1"]
     assert old["rows"]
     assert not any("way" in row for row in old["rows"])
@@ -680,7 +721,9 @@ def test_the_demo_takes_a_checkpoint_and_a_photograph(tmp_path, capsys, monkeypa
     torch.save({"state_dict": model.state_dict()}, tmp_path / "weights.pth")
     x = demo.photograph(tmp_path / "picture.png")
     assert x.shape == (1, 3, 512, 512)
-    colour = (torch.tensor([200, 30, 90]) / 255 - torch.tensor(demo.MEAN)) / torch.tensor(demo.STD)
+    colour = (torch.tensor([200, 30, 90]) / 255 - torch.tensor(picture.MEAN)) / torch.tensor(
+        picture.STD
+    )
     torch.testing.assert_close(x[0, :, 100, 100], colour)
     monkeypatch.setattr(demo, "SWEEP_SIDES", (8,))
     arguments = (tmp_path / "weights.pth", tmp_path / "picture.png", "t", CPU, "float32")
@@ -779,6 +822,108 @@ def test_the_command_of_the_operators(tmp_path):
     assert len(results.read(path)["rows"]) == 10
     assert path.with_suffix(".png").read_bytes().startswith(PNG)
     assert "1x T1 32x64 float32 block step, call: eager" in done.stdout
+
+
+# --- on a CPU --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("runtime", peers.PACKAGES)
+def test_a_runtime_computes_what_eager_does(runtime):
+    if reason := peers.refusal(runtime):
+        pytest.skip(reason)
+    block = block_of(TOY)
+    inputs = [torch.randn(2, 8, 5, 4) for _ in range(2)]
+    with torch.inference_mode():
+        model = measuring._provide(runtime, block)
+        bound = [model.bind(x) for x in inputs]
+        outputs = [model(taken) for taken in bound]
+        expected = [as_eager(block)(x) for x in inputs]
+    assert len({out.data_ptr() for out in outputs}) == 2, "a result is not overwritten"
+    for out, wanted in zip(outputs, expected, strict=True):
+        torch.testing.assert_close(out, wanted)
+
+
+def test_runtimes_take_as_many_threads_as_torch():
+    block, x = block_of(TOY), torch.randn(1, 8, 3, 4)
+    for count in (1, 2):
+        with with_threads(count):
+            if peers.refusal("onnxruntime") is None:
+                runtime = peers.OnnxRuntime(block)
+                runtime.bind(x)
+                assert runtime._loaded.get_session_options().intra_op_num_threads == count
+            if peers.refusal("openvino") is None:
+                runtime = peers.OpenVino(block)
+                runtime.bind(x)
+                assert runtime._loaded.get_property("INFERENCE_NUM_THREADS") == count
+    reasons = list(filter(None, map(peers.refusal, peers.PACKAGES)))
+    if reasons:
+        pytest.skip("; ".join(reasons))
+    assert peers.exported.cache_info().hits >= 3, "one export serves both, and all threads"
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    there = {"onnx", "onnxruntime"}
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: name in there or None)
+    assert peers.refusal("onnxruntime") == "not installed: onnxscript"
+    assert peers.refusal("openvino") == "not installed: onnxscript, openvino"
+    assert refusal("openvino", CASES["B1"], CPU, torch.float32) == peers.refusal("openvino")
+    assert available(["openvino"], CASES["B1"], CPU, torch.float32) == ["eager"]
+
+
+def test_freezing_is_switched_on_while_it_compiles(monkeypatch):
+    import torch._inductor.config as inductor
+
+    seen = []
+
+    def compiled(function, dynamic):
+        assert not isinstance(function, torch.nn.Module), "code that no other block shares"
+
+        def call(x):
+            seen.append(inductor.freezing)
+            return function(x)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    block, x = block_of(TOY), torch.randn(1, 8, 3, 4)
+    with torch.inference_mode():
+        model = measuring._provide("freezing", block)
+        assert torch.equal(model(model.bind(x)), as_eager(block)(x))
+    assert seen == [True, False]
+
+
+def test_channels_last_maps_are_made_ahead():
+    block, x = block_of(TOY), torch.randn(2, 8, 3, 4)
+    model = measuring._provide("channels_last", block)
+    taken = model.bind(x)
+    assert taken.is_contiguous(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        out = model(taken)
+        assert out.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(out, as_eager(block)(x))
+
+
+def test_the_share_of_the_attention_is_what_its_blocks_take(monkeypatch):
+    class Slow(torch.nn.Module):
+        def forward(self, x):
+            time.sleep(0.02)
+            return x
+
+    monkeypatch.setattr(models, "_SHARE_CALLS", 3)
+    attention = SeaAttention(8, 4, 1)
+    slow = models.Segmenter(
+        torch.nn.Sequential(attention, Slow()).eval(), torch.randn(1, 8, 6, 8), "slow rest"
+    )
+    shares = slow.attention_shares()
+    assert set(shares) == {"eager", "ours"}
+    assert all(0 < share < 0.5 for share in shares.values())
+    attention.register_forward_pre_hook(lambda *_: time.sleep(0.02))
+    # Hooks of the block are timed with it: those that were there before lie outside.
+    fast = models.Segmenter(torch.nn.Sequential(attention).eval(), torch.randn(1, 8, 6, 8), "all")
+    measured = fast.measure(0)
+    row = {**fast.row(measured), "attention_share_eager": 0.5, "attention_share": 0.25}
+    assert (row["height"], row["width"], row["threads"]) == (6, 8, torch.get_num_threads())
+    assert row["speedup"] == pytest.approx(row["ms_eager"] / row["ms"])
 
 
 # --- the run on a GPU ------------------------------------------------------------------------
