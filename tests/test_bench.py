@@ -18,7 +18,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import __main__ as command
-from bench import demo, models, operators, peers, picture, results, timing
+from bench import demo, memory, models, operators, peers, picture, results, timing
 from bench import measure as measuring
 from bench.cases import CASES, SWEEP_SIDES, Case
 from bench.eager import EagerSeaAttention, as_eager
@@ -901,6 +901,41 @@ def test_channels_last_maps_are_made_ahead():
         out = model(taken)
         assert out.is_contiguous(memory_format=torch.channels_last)
         torch.testing.assert_close(out, as_eager(block)(x))
+
+
+class _ResultBytes(TorchDispatchMode):
+    """Adds up the results of operators that compute."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        is_view = any(result.alias_info is not None for result in func._schema.returns)
+        if not is_view and func.overloadpacket.__name__ not in ("_unsafe_view", "empty"):
+            first = out[0] if isinstance(out, (tuple, list)) else out
+            self.bytes += first.numel() * first.element_size()
+        return out
+
+
+def test_memory_is_what_the_allocator_hands_out(library):
+    rows = memory.measure([(CASES["T1"], (32, 32)), (TOY, (3, 4))], 2, [1, 2])
+    assert [(row["case"], row["threads"]) for row in rows] == [
+        ("T1", 1), ("toy", 1), ("T1", 2), ("toy", 2),
+    ]  # fmt: skip
+    for row in rows:
+        case = CASES.get(row["case"], TOY)
+        x = torch.randn(2, case.channels, row["height"], row["width"])
+        assert row["result_bytes"] == x.numel() * 4
+        block = as_eager(block_of(case))
+        with torch.no_grad(), _ResultBytes() as results_of:
+            block(x)
+        assert row["eager_bytes"] >= results_of.bytes - row["result_bytes"]
+        assert row["eager_bytes"] > row["eager_peak_bytes"] > 0
+        assert row["of_eager"] == row["scratch_bytes"] / row["eager_bytes"]
+    one, _, two, _ = rows
+    assert 0 < one["scratch_bytes"] < two["scratch_bytes"] < one["eager_peak_bytes"]
 
 
 def test_the_share_of_the_attention_is_what_its_blocks_take(monkeypatch):
