@@ -19,7 +19,7 @@ READY := $(VENV)/.library
 endif
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: setup demo test static bench sanitize lint clean
+.PHONY: setup demo test static bench bench-cpu sanitize lint clean
 
 setup: $(READY)
 
@@ -34,6 +34,9 @@ static: setup
 
 bench: setup
 	$(PY) -m bench run $(ARGS)
+
+bench-cpu: setup
+	$(PY) -m bench cpu $(ARGS)
 
 # The kernels without torch and Python, on each instruction set of x86-64 (or on that of this
 # machine), for wrong addresses and undefined behaviour, then for races.

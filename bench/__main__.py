@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from bench import operators, results
+from bench import cpu, memory, models, operators, results
 from bench.cases import CASES
 from bench.measure import (
     DEFAULT_PROVIDERS,
@@ -24,6 +24,7 @@ from bench.measure import (
     refusal,
 )
 from bench.plot import plot
+from seaattn_kernels import native, seaformer
 from seaattn_kernels.budget import SEEDS
 
 SCRATCH = Path("out/bench")
@@ -37,6 +38,10 @@ GPU_LEGEND = (
     "call: called from Python. graph: replayed from a CUDA graph, beside eager's.\n"
     "extra: memory of a call at its peak, beyond its input and result."
 )
+CPU_LEGEND = (
+    "Means over maps are geometric, but for microseconds over the limit. best peer: the fastest of "
+    "all\nthat are not ours, at each map; folded is this package's plain PyTorch."
+)
 BEATEN = (
     "Below 1 the limit is beaten: it is torch.mm's time, and the convolutions of torch go through "
     "another library."
@@ -46,22 +51,23 @@ BEATEN = (
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    timed = argparse.ArgumentParser(add_help=False)
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
+        "--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE",
+        help=f"default: all of {', '.join(CASES)}",
+    )  # fmt: skip
+    common.add_argument("--batch", type=positive_argument, default=1, help="default: %(default)s")
+    common.add_argument("--quick", action="store_true", help="fewer maps, less time on each")
+    common.add_argument(
+        "--out", type=Path, help="folder (bench/results/<machine>; quick: out/bench)"
+    )
+    common.add_argument("--no-chart", action="store_true", help="the result file alone")
+    timed = argparse.ArgumentParser(add_help=False, parents=[common])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     timed.add_argument(
         "--device", type=device_argument, default=device, help="default: %(default)s"
     )
-    timed.add_argument(
-        "--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE",
-        help=f"default: all of {', '.join(CASES)}",
-    )  # fmt: skip
     timed.add_argument("--dtype", choices=DTYPES, default="float32", help="default: %(default)s")
-    timed.add_argument("--batch", type=positive_argument, default=1, help="default: %(default)s")
-    timed.add_argument("--quick", action="store_true", help="fewer maps, less time on each")
-    timed.add_argument(
-        "--out", type=Path, help="folder (bench/results/<machine>; quick: out/bench)"
-    )
-    timed.add_argument("--no-chart", action="store_true", help="the result file alone")
     run = commands.add_parser(
         "run", parents=[timed], help="whole blocks in eval mode: check, time, write JSON and chart"
     )
@@ -70,6 +76,23 @@ def _parser() -> argparse.ArgumentParser:
         "--providers", nargs="+", choices=PROVIDERS, metavar="PROVIDER",
         help=f"of {', '.join(PROVIDERS)}; default: {', '.join(DEFAULT_PROVIDERS)}, "
         "with --quick without compile",
+    )  # fmt: skip
+    on_cpu = commands.add_parser(
+        "cpu", parents=[common],
+        help="the C++ block in float32 beside every peer on a CPU, with the targets",
+    )  # fmt: skip
+    on_cpu.set_defaults(device=torch.device("cpu"), dtype="float32")
+    on_cpu.add_argument(
+        "--threads", type=positive_argument, nargs="+", metavar="N", help="default: 1 and all cores"
+    )
+    on_cpu.add_argument(
+        "--compiled", choices=("512", "all", "none"),
+        help="maps that torch.compile is timed at: those of SeaFormer-B and -L at 512x512, the "
+        "default; all; none, the default with --quick",
+    )  # fmt: skip
+    on_cpu.add_argument(
+        "--models", nargs="*", choices=seaformer.CONFIGS, metavar="VARIANT",
+        help="segmenters that are timed too: t, s, b, l; default: b l, with --quick none",
     )  # fmt: skip
     each = commands.add_parser(
         "operators", parents=[timed],
@@ -171,11 +194,64 @@ def run(arguments: argparse.Namespace) -> int:
     return status
 
 
-def _save(arguments: argparse.Namespace, rows: list[dict], name: str) -> None:
+def run_cpu(arguments: argparse.Namespace) -> int:
+    """Measure the C++ block and its peers; non-zero where one is wrong or a key stopped it."""
+    device, dtype = arguments.device, DTYPES[arguments.dtype]
+    if auto_backend(device, dtype) != "cpu":
+        print(f"there is no C++ block to time: {native.REASON or 'SEAATTN_BACKEND is set'}")
+        return 1
+    threads = arguments.threads or sorted({1, torch.get_num_threads()})
+    shapes = cpu.shapes(arguments.cases)[:: 8 if arguments.quick else 1]
+    wanted = arguments.compiled or ("none" if arguments.quick else "512")
+    compiled = {"512": cpu.compiled(shapes), "all": shapes, "none": []}[wanted]
+    for name in cpu.PEERS:
+        if reason := refusal(name, CASES["B1"], device, dtype):
+            print(f"{name} is not timed: {reason}")
+    print(f"torch.compile is timed at {len(compiled)} of {len(shapes)} maps")
+    variants = (
+        ([] if arguments.quick else ["b", "l"]) if arguments.models is None else arguments.models
+    )
+    rows: list[dict] = []
+    others: list[dict] = []
+    missing: list[str] = []
+    status = 0
+    try:
+        for case, size in tqdm(shapes, "blocks", unit="map", dynamic_ncols=True, disable=None):
+            left_out = () if (case, size) in compiled else cpu.COMPILED
+            rows += measure(
+                case, size, [name for name in (*cpu.PEERS, *cpu.OURS) if name not in left_out],
+                device, dtype, arguments.batch,
+                seconds=0.3 if arguments.quick else 1.5,
+                seeds=SEEDS[:3] if arguments.quick else SEEDS,
+                log=missing.append,
+                threads=threads,
+            )  # fmt: skip
+        others += memory.measure(shapes, arguments.batch, threads)
+        others += models.measure(variants, threads, 0.3 if arguments.quick else 3.0, missing.append)
+    except KeyboardInterrupt:
+        print("stopped: what is done is kept", file=sys.stderr)
+        status = 130
+    for line in missing:
+        print(line)
+    if not any(row["provider"] == "auto" for row in rows):
+        return status or 1
+    summary = cpu.summary(rows)
+    print(cpu.table(rows))
+    print(cpu.summary_table(summary))
+    print(CPU_LEGEND)
+    print(cpu.other_lines(others))
+    if line := busy(rows):
+        print(line)
+    name = f"cpu-{arguments.dtype}-batch{arguments.batch}.json"
+    _save(arguments, [*rows, *others], name, summary=summary)
+    return status or int(bool(missing))
+
+
+def _save(arguments: argparse.Namespace, rows: list[dict], name: str, **more: object) -> None:
     """Write a result file and, unless it is not wanted, its chart; print where they are."""
     device = arguments.device
     folder = arguments.out or (SCRATCH if arguments.quick else results.results_dir(device))
-    document = results.document(rows, device)
+    document = {**results.document(rows, device), **more}
     results.write(folder / name, document)
     print(folder / name)
     if not arguments.no_chart:
@@ -254,6 +330,8 @@ def main() -> int:
     arguments = _parser().parse_args()
     if arguments.command == "run":
         return run(arguments)
+    if arguments.command == "cpu":
+        return run_cpu(arguments)
     if arguments.command == "operators":
         return run_operators(arguments)
     if arguments.command == "static":

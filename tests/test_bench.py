@@ -18,7 +18,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import __main__ as command
-from bench import demo, memory, models, operators, peers, picture, results, timing
+from bench import cpu, demo, memory, models, operators, peers, picture, results, timing
 from bench import measure as measuring
 from bench.cases import CASES, SWEEP_SIDES, Case
 from bench.eager import EagerSeaAttention, as_eager
@@ -748,6 +748,8 @@ def test_the_demo_says_in_a_line_what_it_cannot_load(argument, tmp_path, capsys)
         ["run", "--device", "bogus"],
         ["run", "--batch", "0"],
         ["run", "--threads", "0"],
+        ["cpu", "--threads", "1", "0"],
+        ["cpu", "--models", "x"],
         ["plot", "nowhere.json"],
         ["plot", "README.md"],
     ],
@@ -825,6 +827,105 @@ def test_the_command_of_the_operators(tmp_path):
 
 
 # --- on a CPU --------------------------------------------------------------------------------
+
+
+def test_every_map_of_a_cpu_is_listed_once():
+    listed = cpu.shapes(CASES)
+    sizes = {(case.channels, case.key_dim, case.heads, *size) for case, size in listed}
+    assert len(listed) == len(sizes)
+    wanted = {
+        (case.channels, case.key_dim, case.heads, *size)
+        for case in CASES.values()
+        for size in case.maps.values()
+    }
+    assert sizes == wanted | {(192, 16, 8, side, side) for side in SWEEP_SIDES}
+    assert max(height * width for *_, height, width in sizes) == 128 * 128
+    # L1 has the sizes of B1: what is listed there is not repeated.
+    assert [size for case, size in listed if case.name == "L1"] == [(14, 14), (64, 128)]
+    compiled = [(case.name, size) for case, size in cpu.compiled(listed)]
+    assert compiled == [
+        ("B1", (16, 16)), ("B1", (32, 32)), ("B2", (8, 8)), ("L2", (16, 16)), ("L3", (8, 8)),
+    ]  # fmt: skip
+
+
+def _cpu_rows(**microseconds):
+    """Rows of two maps, one large, with a limit of 100 us and 10 ms; times by provider."""
+    return [
+        {
+            "kind": "block", "case": "B1", "height": side, "width": side, "batch": 1,
+            "dtype": "float32", "device": "cpu", "threads": threads, "provider": name,
+            "ms": us / 1e3, "ms_limit": limit / 1e3, "of_limit": us / limit,
+        }
+        for threads in (1, 2)
+        for index, (side, limit) in enumerate(((8, 100.0), (64, 10000.0)))
+        for name, us in ((name, times[index]) for name, times in microseconds.items())
+    ]  # fmt: skip
+
+
+def test_the_summary_holds_geometric_means_against_the_targets():
+    rows = _cpu_rows(
+        eager=(600, 20000), reference=(700, 19000), openvino=(130, 16000),
+        onnxruntime=(150, 14400), auto=(150, 9000), channels_last=(120, 12000),
+    )  # fmt: skip
+    found = {
+        (row["threads"], row["layout"], row["figure"]): row for row in cpu.summary(rows)
+    }  # fmt: skip
+    assert len(found) == 2 * 2 * 7
+
+    def holds(threads, layout, figure, value, met):
+        row = found[threads, layout, figure]
+        assert row["value"] == pytest.approx(value)
+        assert row["met"] is met
+        return row
+
+    holds(1, "NCHW", "of the limit, maps from 14x14", 0.9, True)
+    holds(1, "NCHW", "of the limit, maps from 64x64", 0.9, True)
+    holds(1, "channels_last", "of the limit, maps from 14x14", 1.2, False)
+    holds(1, "channels_last", "of the limit, maps from 64x64", 1.2, False)
+    holds(1, "NCHW", "of the limit, smaller maps", 1.5, None)
+    holds(1, "NCHW", "us over the limit, smaller maps", 50, False)
+    row = holds(1, "channels_last", "us over the limit, smaller maps", 20, True)
+    assert row["note"] == "at most 20.0, B1 8x8"
+    over_peers = (130 / 150 * 14400 / 9000) ** 0.5
+    row = holds(1, "NCHW", "best peer over ours", over_peers, False)
+    assert row["note"] == "openvino at 1, onnxruntime at 1"
+    assert (row["maps"], row["target"]) == (2, ">= 1.2")
+    assert found[2, "NCHW", "best peer over ours"]["target"] == ">= 1.5"
+    row = holds(2, "NCHW", "the same, worst map", 130 / 150, False)
+    assert row["note"] == "B1 8x8, openvino"
+    over_eager = (600 / 150 * 20000 / 9000) ** 0.5
+    holds(1, "NCHW", "eager over ours", over_eager, True)
+    holds(2, "NCHW", "eager over ours", over_eager, False)
+    printed = cpu.summary_table(list(found.values()))
+    assert printed.count("not met") == sum(row["met"] is False for row in found.values())
+    assert len(re.findall("ours in NCHW, 1 thread ", printed)) == 1
+
+
+def test_the_table_of_a_cpu_shows_times_and_ratios():
+    rows = _cpu_rows(eager=(600, 20000), openvino=(130, 16000), auto=(100, 9000))
+    # A map at which ours is refused has no line, and a peer that is refused no time.
+    rows = [
+        row
+        for row in rows
+        if (row["threads"], row["height"], row["provider"])
+        not in ((1, 8, "auto"), (2, 64, "openvino"))
+    ]
+    lines = cpu.table(rows).splitlines()
+    assert [" ".join(line.split()) for line in lines if line.startswith("B1")] == [
+        "B1 64x64 10000.0 20000.0 (2.00) 16000.0 (1.60) 9000.0 (0.90) 1.78x openvino, 2.22x",
+        "B1 8x8 100.0 600.0 (6.00) 130.0 (1.30) 100.0 (1.00) 1.30x openvino, 6.00x",
+        "B1 64x64 10000.0 20000.0 (2.00) - 9000.0 (0.90) 2.22x eager, 2.22x",
+    ]
+    assert [line for line in lines if "thread" in line] == [
+        "1 thread, float32, batch 1: us (of the limit)",
+        "2 threads, float32, batch 1: us (of the limit)",
+    ]
+
+
+def test_the_targets_are_bounds():
+    assert [cpu.Target(1, "<").met(x) for x in (0.9, 1)] == [True, False]
+    assert [cpu.Target(1, "<=").met(x) for x in (1, 1.1)] == [True, False]
+    assert [cpu.Target(1, ">=").met(x) for x in (1, 0.9)] == [True, False]
 
 
 @pytest.mark.parametrize("runtime", peers.PACKAGES)
@@ -936,6 +1037,10 @@ def test_memory_is_what_the_allocator_hands_out(library):
         assert row["of_eager"] == row["scratch_bytes"] / row["eager_bytes"]
     one, _, two, _ = rows
     assert 0 < one["scratch_bytes"] < two["scratch_bytes"] < one["eager_peak_bytes"]
+    lines = cpu.other_lines(rows).splitlines()
+    assert [line.split(":")[0] for line in lines] == [
+        "scratch of our block, 1 thread", "scratch of our block, 2 threads",
+    ]  # fmt: skip
 
 
 def test_the_share_of_the_attention_is_what_its_blocks_take(monkeypatch):
@@ -959,6 +1064,71 @@ def test_the_share_of_the_attention_is_what_its_blocks_take(monkeypatch):
     row = {**fast.row(measured), "attention_share_eager": 0.5, "attention_share": 0.25}
     assert (row["height"], row["width"], row["threads"]) == (6, 8, torch.get_num_threads())
     assert row["speedup"] == pytest.approx(row["ms_eager"] / row["ms"])
+    assert "of which attention 50 %; replaced" in cpu.other_lines([row])
+
+
+def test_the_command_of_a_cpu(tmp_path, library):
+    command_line = ["-m", "bench", "cpu", "--quick", "--cases", "T1", "--threads", "1", "2"]
+    done = subprocess.run(
+        [sys.executable, *command_line, "--out", tmp_path],
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    path = tmp_path / "cpu-float32-batch1.json"
+    document = results.read(path)
+    installed = [name for name in peers.PACKAGES if peers.refusal(name) is None]
+    found = Counter(
+        (row["threads"], row["provider"]) for row in document["rows"] if row["kind"] == "block"
+    )
+    assert found == Counter(
+        (threads, name)
+        for threads in (1, 2)
+        for name in ("eager", "reference", "auto", "channels_last", *installed)
+    )
+    for name in set(peers.PACKAGES) - set(installed):
+        assert f"{name} is not timed: not installed" in done.stdout
+    assert Counter(row["kind"] for row in document["rows"])["memory"] == 2
+    assert {row["threads"] for row in document["summary"]} == {1, 2}
+    assert path.with_suffix(".png").read_bytes().startswith(PNG)
+    for text in ("1 thread, float32, batch 1", "ours in channels_last, 2 threads", "not met"):
+        assert text in done.stdout
+
+
+def test_the_command_of_a_cpu_needs_the_library(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command, "auto_backend", lambda *_: "reference")
+    arguments = command._parser().parse_args(["cpu", "--out", str(tmp_path)])
+    assert command.run_cpu(arguments) == 1
+    assert "no C++ block to time" in capsys.readouterr().out
+
+
+def test_the_command_of_a_cpu_asks_for_what_was_wanted(rows, tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def measured(case, size, providers, device, dtype, batch, *, log, threads, **_):
+        asked.append((case.name, size, set(providers), batch, list(threads)))
+        return []
+
+    monkeypatch.setattr(command, "auto_backend", lambda *_: "cpu")
+    monkeypatch.setattr(command, "measure", measured)
+    monkeypatch.setattr(memory, "measure", lambda *_: [])
+    timed_models = []
+    monkeypatch.setattr(
+        models, "measure", lambda variants, *_: timed_models.append(list(variants)) or []
+    )
+    fixed = ["cpu", "--cases", "B2", "--out", str(tmp_path)]
+    everything = {*cpu.PEERS, *cpu.OURS}
+    for more, compiled, batch, threads, variants in (
+        ([], 1, 1, sorted({1, torch.get_num_threads()}), ["b", "l"]),
+        (["--compiled", "all", "--batch", "16", "--threads", "2"], 5, 16, [2], ["b", "l"]),
+        (["--compiled", "none", "--models"], 0, 1, sorted({1, torch.get_num_threads()}), []),
+    ):
+        asked.clear()
+        assert command.run_cpu(command._parser().parse_args([*fixed, *more])) == 1, "no rows"
+        assert len(asked) == 5
+        assert sum(providers == everything for _, _, providers, *_ in asked) == compiled
+        assert {(given, tuple(counts)) for *_, given, counts in asked} == {(batch, tuple(threads))}
+        assert timed_models.pop() == variants
+        assert f"torch.compile is timed at {compiled} of 5 maps" in capsys.readouterr().out
 
 
 # --- the run on a GPU ------------------------------------------------------------------------
