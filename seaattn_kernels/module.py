@@ -7,8 +7,8 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor, nn
 
-from seaattn_kernels import ops, reference
-from seaattn_kernels.anatomy import Anatomy, Obstacle
+from seaattn_kernels import ops, reference, training
+from seaattn_kernels.anatomy import Obstacle
 from seaattn_kernels.checks import check_input
 from seaattn_kernels.fold import FoldCache
 from seaattn_kernels.layers import (
@@ -31,8 +31,7 @@ def run(
 ) -> Tensor:
     """The forward of a block by the operators, or by ``eager`` where they cannot stand in.
 
-    In eval mode without gradients from folded weights, otherwise by the layers of the block and the
-    differentiable operators between them.
+    In eval mode without gradients from folded weights, otherwise by the training pass.
     """
     if ops.transformed() and backend in ("auto", "reference"):
         return eager(x)
@@ -42,56 +41,19 @@ def run(
         elif (folded := folds.get(block)) is not None:
             return ops.sea_attention(x, folded, backend)
         anatomy = folds.anatomy(block)
+        check_input(x, anatomy.convolutions[0].conv.weight)
+        return reference.follow_layout(training.forward(anatomy, x, backend), x)
     except Obstacle as reason:
         if backend not in ("auto", "reference"):
             message = f"backend {backend!r} cannot run this block: {reason}"
             raise RuntimeError(message) from None
         return eager(x)
-    check_input(x, anatomy.convolutions[0].conv.weight)
-    return reference.follow_layout(_forward_layers(anatomy, x, backend), x)
 
 
 def _differentiates(block: nn.Module, x: Tensor) -> bool:
     if any(parameter.requires_grad for parameter in block.parameters()):
         return True
     return isinstance(x, Tensor) and x.requires_grad
-
-
-class _Concatenate(torch.autograd.Function):
-    """``cat([q, k, v], dim=1)``, where the gradients of q and k are no slices.
-
-    They go to a BatchNorm, whose backward on a CPU takes three times as long for a slice in
-    float32, and twelve times in bfloat16. That of v is added to another gradient first.
-    """
-
-    @staticmethod
-    def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return torch.cat([q, k, v], dim=1)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        ctx.sizes = [t.shape[1] for t in inputs]
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = gradient.split(ctx.sizes, dim=1)
-        return reference.follow_layout(q, gradient), reference.follow_layout(k, gradient), v
-
-
-def _forward_layers(block: Anatomy, x: Tensor, backend: str) -> Tensor:
-    q, k, v = block.to_q(x), block.to_k(x), block.to_v(x)
-    qkv = _Concatenate.apply(q, k, v) if x.device.type == "cpu" else torch.cat([q, k, v], dim=1)
-    row, column = ops.axial_squeeze(qkv, backend)
-    row, column = ops.axial_attention_pair(
-        row, column, block.tables, block.heads, block.key_dim, block.scale, backend
-    )
-    row = block.proj_encode_row(row[..., :, None])[..., 0]
-    column = block.proj_encode_column(column[..., None, :])[..., 0, :]
-    mixed = ops.broadcast_add(v, row, column, block.activation, block.negative_slope, backend)
-    for layer in block.proj_rest:
-        mixed = layer(mixed)
-    detail = block.pwconv(block.act(block.dwconv(qkv)))
-    return ops.gate(mixed, detail, block.hard, backend)
 
 
 class SeaAttention(nn.Module):

@@ -11,11 +11,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from seaattn_kernels import reference
+from seaattn_kernels import normalized, reference
 from seaattn_kernels.reference import ACTIVATIONS
 
 _LIBRARY = torch.library.Library("seaattn_kernels", "DEF")
 _TABLES = "Tensor row_q, Tensor row_k, Tensor column_q, Tensor column_k"
+_AXES = "Tensor? row, Tensor? column"
+_ACTIVATION = "int activation, float negative_slope"
+_GATED = "Tensor x, Tensor y, Tensor x_affine, Tensor y_affine"
 SCHEMAS = {
     "axial_squeeze": "(Tensor x) -> (Tensor, Tensor)",
     "axial_squeeze_backward": "(Tensor row, Tensor column, bool channels_last) -> Tensor",
@@ -38,14 +41,49 @@ SCHEMAS = {
     ),
     "gate": "(Tensor x, Tensor y, bool hard) -> Tensor",
     "gate_backward": "(Tensor gradient, Tensor x, Tensor y, bool hard) -> (Tensor, Tensor)",
+    "axial_moments": "(Tensor y) -> (Tensor, Tensor, Tensor, Tensor)",
+    "normalize": f"(Tensor y, Tensor affine, {_AXES}, {_ACTIVATION}) -> Tensor",
+    "normalize_sums": f"(Tensor gradient, Tensor y, Tensor affine, {_AXES}, {_ACTIVATION}) -> Tensor",
+    "normalize_backward": (
+        f"(Tensor gradient, Tensor y, Tensor affine, Tensor terms, {_AXES}, {_ACTIVATION}) "
+        "-> Tensor"
+    ),
+    "normalize_add_backward": (
+        "(Tensor gradient, Tensor y, Tensor affine, Tensor row, Tensor column, "
+        f"{_ACTIVATION}) -> (Tensor, Tensor, Tensor)"
+    ),
+    "normalize_gate": f"({_GATED}, bool hard) -> Tensor",
+    "normalize_gate_sums": f"(Tensor gradient, {_GATED}, bool hard) -> (Tensor, Tensor)",
+    "normalize_gate_backward": (
+        f"(Tensor gradient, {_GATED}, Tensor x_terms, Tensor y_terms, bool hard) "
+        "-> (Tensor, Tensor)"
+    ),
+    "depthwise": "(Tensor y, Tensor affine, Tensor weight, Tensor? bias) -> Tensor",
+    "depthwise_backward": (
+        "(Tensor gradient, Tensor y, Tensor affine, Tensor weight) -> (Tensor, Tensor)"
+    ),
     "sea_attention": (
         "(Tensor x, Tensor[] weights, int heads, int key_dim, int activation, "
         "float negative_slope, bool hard) -> Tensor"
     ),
 }
+#: The operators between the products of a training pass, without gradients of their own. A backend
+#: may have some of them: :mod:`training` takes the others from the reference.
+STAGES = (
+    "axial_moments",
+    "normalize",
+    "normalize_sums",
+    "normalize_backward",
+    "normalize_add_backward",
+    "normalize_gate",
+    "normalize_gate_sums",
+    "normalize_gate_backward",
+    "depthwise",
+    "depthwise_backward",
+)
 #: The operators that each backend has in this version.
 OPERATORS = {
-    "reference": tuple(name for name in SCHEMAS if not name.endswith("_backward")),
+    "reference": (*(name for name in SCHEMAS if not name.endswith("_backward")), *STAGES),
     "cpu": (
         "axial_squeeze",
         "axial_attention",
@@ -78,6 +116,24 @@ def _sea_attention(x, weights, heads, key_dim, activation, negative_slope, hard)
     return reference.sea_attention_folded(x, weights, heads, key_dim, name, negative_slope, hard)
 
 
+def _by_name(function: Callable) -> Callable:
+    """A stage whose activation is a number here."""
+
+    def stage(*arguments):
+        *tensors, activation, negative_slope = arguments
+        return function(*tensors, ACTIVATIONS[activation], negative_slope)
+
+    return stage
+
+
+def _stages() -> dict[str, Callable]:
+    return {
+        name: _by_name(function) if _ACTIVATION in SCHEMAS[name] else function
+        for name in STAGES
+        for function in [getattr(normalized, name)]
+    }
+
+
 REFERENCE = {
     "axial_squeeze": reference.axial_squeeze,
     "axial_attention": reference.axial_attention,
@@ -85,6 +141,7 @@ REFERENCE = {
     "broadcast_add": _broadcast_add,
     "gate": reference.gate,
     "sea_attention": _sea_attention,
+    **_stages(),
 }
 
 
@@ -328,9 +385,9 @@ def _overload(name: str, backend: str) -> torch._ops.OpOverload:
 def _define() -> dict[str, dict[str, torch._ops.OpOverload]]:
     overloads: dict[str, dict[str, torch._ops.OpOverload]] = {name: {} for name in SCHEMAS}
     for backend, operators in OPERATORS.items():
-        for name in operators:
+        for name in dict.fromkeys(operators):
             schemas = [name]
-            if backend != "reference" and f"{name}_backward" in SCHEMAS:
+            if backend != "reference" and name not in STAGES and f"{name}_backward" in SCHEMAS:
                 schemas.append(f"{name}_backward")
             for schema in schemas:
                 _LIBRARY.define(f"{schema}.{backend}{SCHEMAS[schema]}")

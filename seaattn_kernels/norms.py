@@ -1,0 +1,164 @@
+"""What the BatchNorm layers of a block do in a training step, beside the arithmetic of a map.
+
+Which statistics a layer takes, how they are merged over the processes of a SyncBatchNorm, and its
+running averages, as ``torch.nn`` has them.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+class Rule(NamedTuple):
+    """How the channels of one map are normalised; equal for all of the layers beside another."""
+
+    batch: bool  # by the statistics of the batch; else by constants
+    eps: float
+    group: "ProcessGroup | None"  # whose processes share the batch
+
+
+class Norms(NamedTuple):
+    """The layers that normalise one map, beside another on its channels."""
+
+    layers: tuple[nn.Module | None, ...]
+    rule: Rule
+    weight: Tensor | None  # (C,), as are the others
+    bias: Tensor | None
+    mean: Tensor | None  # running statistics where the rule takes them
+    var: Tensor | None
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self[2:]
+
+
+def gather(layers: Sequence[nn.Module | None], widths: Sequence[int]) -> Norms | None:
+    """One description of the layers, None in place of one that is missing; None where they differ.
+
+    Tensors come in float32 at least; gradients go through to the layers.
+    """
+    rules = {_rule(layer) for layer in layers}
+    if len(rules) != 1:
+        return None
+    (rule,) = rules
+    if layers[0] is None:
+        return Norms(tuple(layers), rule, None, None, None, None)
+    constant = not rule.batch
+    return Norms(
+        tuple(layers),
+        rule,
+        _beside([layer.weight for layer in layers], widths, 1.0),
+        _beside([layer.bias for layer in layers], widths, 0.0),
+        _beside([layer.running_mean for layer in layers], widths, 0.0) if constant else None,
+        _beside([layer.running_var for layer in layers], widths, 1.0) if constant else None,
+    )
+
+
+def _rule(layer: nn.Module | None) -> Rule:
+    if layer is None:
+        return Rule(False, 0.0, None)
+    batch = layer.training or (layer.running_mean is None and layer.running_var is None)
+    return Rule(batch, layer.eps, _group(layer))
+
+
+def _group(layer: nn.Module) -> "ProcessGroup | None":
+    if type(layer) is not nn.SyncBatchNorm or not layer.training:
+        return None
+    distributed = torch.distributed
+    if not distributed.is_available() or not distributed.is_initialized():
+        return None
+    group = layer.process_group or distributed.group.WORLD
+    return group if distributed.get_world_size(group) > 1 else None
+
+
+def _beside(
+    tensors: Sequence[Tensor | None], widths: Sequence[int], default: float
+) -> Tensor | None:
+    given = [tensor for tensor in tensors if tensor is not None]
+    if not given:
+        return None
+    kind = torch.promote_types(given[0].dtype, torch.float32)
+    if len(tensors) == 1:
+        return given[0].to(kind)
+    return torch.cat(
+        [
+            given[0].new_full((width,), default, dtype=kind) if tensor is None else tensor.to(kind)
+            for tensor, width in zip(tensors, widths, strict=True)
+        ]
+    )
+
+
+def check_size(shape: Sequence[int], rule: Rule) -> None:
+    """Raise PyTorch's ``ValueError`` where a batch has one value a channel."""
+    if rule.batch and rule.group is None and shape[0] * shape[2] * shape[3] == 1:
+        raise ValueError(
+            f"Expected more than 1 value per channel when training, got input size {shape}"
+        )
+
+
+def merge(
+    mean: Tensor, deviations: Tensor, count: int, group: "ProcessGroup | None"
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Mean, biased variance and number of values a channel, over the processes of a group.
+
+    From those of this process: mean, sum of squared deviations, count. The parts are merged as in
+    Chan, Golub and LeVeque (1979), in float64, in the order of the ranks: every process gets the
+    same bits. Without a group there is no count.
+    """
+    if group is None:
+        return mean, deviations / count, None
+    own = torch.cat([mean, deviations, mean.new_full((1,), count)]).double()
+    parts = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size(group))]
+    torch.distributed.all_gather(parts, own, group=group)
+    channels = mean.shape[0]
+    means, squares, counts = torch.stack(parts).split([channels, channels, 1], dim=1)
+    total = counts.sum()
+    merged = (means * counts).sum(0) / total
+    squares = squares.sum(0) + ((means - merged).square() * counts).sum(0)
+    return merged.to(mean.dtype), (squares / total).to(mean.dtype), total
+
+
+def reduce(sums: Tensor, group: "ProcessGroup | None") -> Tensor:
+    """The sums over the processes of a group; ``sums`` stays what it is."""
+    if group is None:
+        return sums
+    total = sums.double()
+    torch.distributed.all_reduce(total, group=group)
+    return total.to(sums.dtype)
+
+
+@torch.no_grad()
+def update(
+    norms: Norms, mean: Tensor | None, var: Tensor | None, count: Tensor | None, y: Tensor
+) -> None:
+    """Move the running averages towards the statistics of a map ``y``, as the layers would.
+
+    By the unbiased variance. Nothing moves without statistics of a batch.
+    """
+    if mean is None or var is None:
+        return
+    count = y.numel() // y.shape[1] if count is None else count
+    start = 0
+    for layer in norms.layers:
+        width = layer.num_features
+        if layer.training and layer.track_running_stats:
+            factor = 0.0 if layer.momentum is None else layer.momentum
+            if layer.num_batches_tracked is not None:
+                layer.num_batches_tracked.add_(1)
+                if layer.momentum is None:
+                    factor = layer.num_batches_tracked.to(mean.dtype).reciprocal()
+            own = slice(start, start + width)
+            if layer.running_mean is not None:
+                unbiased = var[own] * (count / (count - 1))
+                _move(layer.running_mean, mean[own], factor)
+                _move(layer.running_var, unbiased, factor)
+        start += width
+
+
+def _move(average: Tensor, value: Tensor, factor: float | Tensor) -> None:
+    average.copy_(average + (value - average) * factor)
