@@ -40,7 +40,7 @@ bench-cpu: setup
 
 # The kernels without torch and Python, on each instruction set of x86-64 (or on that of this
 # machine), for wrong addresses and undefined behaviour, then for races.
-TENSORS := %/operators.cpp %/autograd.cpp %/axial_attention_pair.cpp
+TENSORS := %/operators.cpp %/autograd.cpp %/axial_attention_pair.cpp %/training.cpp
 SANITIZED := $(filter-out $(TENSORS),$(wildcard csrc/cpu/*.cpp)) tests/sanitize.cpp
 SANITIZE = $(CXX) -std=c++17 -O1 -g -pthread -fopenmp-simd -Wno-psabi -fno-sanitize-recover=all \
 	-Icsrc/cpu -I$(shell $(PY) -c "import torch.utils.cpp_extension as c; print(c.include_paths()[0])")

@@ -25,9 +25,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seaattn_kernels import reference
-from seaattn_kernels.reference import activate, follow_layout
+from seaattn_kernels.reference import activate
 
 _MAP = (0, 2, 3)
+
+
+def _like(out: Tensor, y: Tensor) -> Tensor:
+    """``out`` with its channels beside another where those of ``y``, whole or a slice of a
+    channels_last map, are; contiguous otherwise."""
+    pixels = y.stride(1) == 1 and not y.is_contiguous()
+    return out.contiguous(
+        memory_format=torch.channels_last if pixels else torch.contiguous_format
+    )
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -60,7 +69,7 @@ def normalize(
     n = F.batch_norm(y, mean, torch.ones_like(mean), scale, shift, training=False, eps=0.0)
     if row is not None and column is not None:
         n = n + (row[..., :, None] + column[..., None, :]).to(n.dtype)
-    return follow_layout(activate(n, activation, negative_slope), y)
+    return _like(activate(n, activation, negative_slope), y)
 
 
 def _through_activation(gradient: Tensor, z: Tensor, activation: str, slope: float) -> Tensor:
@@ -102,7 +111,7 @@ def _to_raw(g: Tensor, y: Tensor, affine: Tensor, terms: Tensor) -> Tensor:
     mean, scale = (t[:, None, None] for t in affine[:2])
     offset, factor = (t[:, None, None] for t in terms)
     dy = scale * (g.to(affine.dtype) - offset - (y.to(affine.dtype) - mean) * factor)
-    return follow_layout(dy.to(y.dtype), y)
+    return _like(dy.to(y.dtype), y)
 
 
 def normalize_sums(
@@ -116,7 +125,8 @@ def normalize_sums(
 ) -> Tensor:
     """The sums of ``g = gradient * act'(n(y)) + row[..., :, None] + column[..., None, :]``.
 
-    ``(2, C)``; row and column, both or neither, in the dtype of the affine.
+    ``(2, C)``; row and column, both or neither and only beside "identity", in the dtype of the
+    affine.
     """
     g = _before_activation(gradient, y, affine, activation, negative_slope)
     return _sums(_add_axes(g, affine, row, column), y, affine)
@@ -151,7 +161,7 @@ def normalize_add_backward(
     The latter two in the dtype of the affine.
     """
     z = normalize(y, affine, row, column, "identity", 0.0)
-    g = follow_layout(_through_activation(gradient, z, activation, negative_slope), y)
+    g = _like(_through_activation(gradient, z, activation, negative_slope), y)
     return g, g.sum(3, dtype=affine.dtype), g.sum(2, dtype=affine.dtype)
 
 
@@ -159,7 +169,7 @@ def normalize_gate(
     x: Tensor, y: Tensor, x_affine: Tensor, y_affine: Tensor, hard: bool
 ) -> Tensor:
     """``h_sigmoid(n(x)) * n(y)``, or the true sigmoid; in the layout of x."""
-    return reference.gate(*_both(x, y, x_affine, y_affine), hard)
+    return _like(reference.gate(*_both(x, y, x_affine, y_affine), hard), x)
 
 
 def _both(x: Tensor, y: Tensor, x_affine: Tensor, y_affine: Tensor) -> tuple[Tensor, Tensor]:
@@ -210,7 +220,7 @@ def depthwise(y: Tensor, affine: Tensor, weight: Tensor, bias: Tensor | None) ->
     ``weight: (C, 1, 3, 3)``.
     """
     n = normalize(y, affine, None, None, "identity", 0.0)
-    return follow_layout(F.conv2d(n, weight, bias, padding=1, groups=weight.shape[0]), y)
+    return _like(F.conv2d(n, weight, bias, padding=1, groups=weight.shape[0]), y)
 
 
 def depthwise_backward(
@@ -223,4 +233,4 @@ def depthwise_backward(
         gradient, n, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], channels,
         [True, True, False],
     )  # fmt: skip
-    return follow_layout(dn, y), dweight
+    return _like(dn, y), dweight

@@ -91,6 +91,7 @@ OPERATORS = {
         "broadcast_add",
         "gate",
         "sea_attention",
+        *(name for name in STAGES if not name.startswith("depthwise")),
     ),
     "triton": (
         "axial_squeeze",

@@ -1,0 +1,606 @@
+// Tensor checks and registration of the training operators that read a map whose BatchNorm is
+// pending (seaattn_kernels/normalized.py). The schemas are defined in overloads.py.
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <limits>
+#include <optional>
+#include <tuple>
+#include <type_traits>
+#include <vector>
+
+#include "normalize.h"
+#include "squeeze.h"
+#include "tensors.h"
+
+namespace seaattn {
+namespace {
+
+using at::Tensor;
+using std::optional;
+
+// Pixels of an NHWC map whose sums are one task's, whatever the number of threads.
+constexpr int64_t kTaskPixels = 1024;
+
+// A map whose planes, or whose pixels, are dense: where it lies, or a copy.
+struct Map {
+  Map(const Tensor& x, bool channels_last) : pixels(channels_last) {
+    const int64_t h = x.size(2), w = x.size(3);
+    const auto steps = [&](int axis, int64_t stride) {
+      return x.size(axis) == 1 || x.stride(axis) == stride;
+    };
+    if (pixels) {
+      const int64_t pixel = w > 1 ? x.stride(3) : h > 1 ? x.stride(2) : x.stride(0);
+      const bool dense =
+          steps(1, 1) && pixel >= x.size(1) && steps(2, w * pixel) && steps(0, h * w * pixel);
+      tensor = dense ? x : x.contiguous(at::MemoryFormat::ChannelsLast);
+      step = dense ? pixel : x.size(1);
+    } else {
+      const bool dense = steps(3, 1) && steps(2, w) && steps(1, h * w) && x.stride(0) >= 0;
+      tensor = dense ? x : x.contiguous();
+      step = tensor.stride(0);
+    }
+  }
+
+  int64_t batch() const {
+    return tensor.size(0);
+  }
+  int64_t channels() const {
+    return tensor.size(1);
+  }
+  int64_t height() const {
+    return tensor.size(2);
+  }
+  int64_t width() const {
+    return tensor.size(3);
+  }
+
+  // One plane, line by line where something is added along the axes.
+  template <typename T>
+  Reader<const T> plane(int64_t b, int64_t c) const {
+    return {tensor.const_data_ptr<T>() + b * step + c * height() * width(), width()};
+  }
+  // Of NHWC, from a pixel on.
+  template <typename T>
+  Reader<const T> from(int64_t pixel) const {
+    return {tensor.const_data_ptr<T>() + pixel * step, step};
+  }
+
+  Tensor tensor;
+  bool pixels;
+  int64_t step;  // from image to image, or from pixel to pixel
+};
+
+// A new map, which is dense.
+template <typename T>
+Reader<T> plane_of(const Tensor& out, int64_t b, int64_t c) {
+  const int64_t width = out.size(3), size = out.size(2) * width;
+  return {out.mutable_data_ptr<T>() + (b * out.size(1) + c) * size, width};
+}
+
+template <typename T>
+Reader<T> pixels_of(const Tensor& out, int64_t pixel) {
+  return {out.mutable_data_ptr<T>() + pixel * out.size(1), out.size(1)};
+}
+
+// Whether what is made of a map has its channels beside another.
+bool follows_pixels(const Tensor& y) {
+  return y.stride(1) == 1 && !y.is_contiguous();
+}
+
+Tensor empty_map(const Tensor& y) {
+  return at::empty(
+      y.sizes(), y.options(),
+      follows_pixels(y) ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous);
+}
+
+void check_map(const char* name, const Tensor& y) {
+  TORCH_CHECK(y.dim() == 4 && y.size(1) > 0 && y.size(2) > 0 && y.size(3) > 0, name,
+              ": a map must be (B, C, H, W) with C, H, W >= 1, got ", y.sizes());
+}
+
+void check_like(const char* name, const Tensor& other, const Tensor& y) {
+  TORCH_CHECK(other.sizes() == y.sizes() && other.scalar_type() == y.scalar_type(), name,
+              ": maps must be of one shape and dtype, got ", other.sizes(), " ",
+              other.scalar_type(), " and ", y.sizes(), " ", y.scalar_type());
+}
+
+// The rows of a (count, C) tensor of float32.
+Tensor vectors(const char* name, const Tensor& x, int64_t count, const Tensor& y) {
+  TORCH_CHECK(
+      x.dim() == 2 && x.size(0) == count && x.size(1) == y.size(1) && x.scalar_type() == at::kFloat,
+      name, ": expected float32 of (", count, ", ", y.size(1), "), got ", x.scalar_type(), " ",
+      x.sizes());
+  return x.contiguous();
+}
+
+Affine affine_at(const Tensor& affine, int64_t c) {
+  const float* data = affine.const_data_ptr<float>();
+  const int64_t channels = affine.size(1);
+  return {data + c, data + channels + c, data + 2 * channels + c};
+}
+
+Terms terms_at(const Tensor& terms, int64_t c) {
+  const float* data = terms.const_data_ptr<float>();
+  return {data + c, data + terms.size(1) + c};
+}
+
+// Axis vectors, beside each other as the map has its channels.
+struct AxisVectors {
+  AxisVectors(const char* name, const optional<Tensor>& row_, const optional<Tensor>& column_,
+              const Map& map, at::ScalarType dtype) {
+    given = row_.has_value() && column_.has_value();
+    TORCH_CHECK(row_.has_value() == column_.has_value(), name, ": row and column, both or neither");
+    if (!given) return;
+    const at::IntArrayRef sizes = map.tensor.sizes();
+    TORCH_CHECK(row_->sizes() == sizes.slice(0, 3) && column_->dim() == 3 &&
+                    column_->size(0) == sizes[0] && column_->size(1) == sizes[1] &&
+                    column_->size(2) == sizes[3] && row_->scalar_type() == dtype &&
+                    column_->scalar_type() == dtype,
+                name, ": row and column must be (B, C, H) and (B, C, W) of ", dtype, ", got ",
+                row_->sizes(), " ", row_->scalar_type(), " and ", column_->sizes(), " ",
+                column_->scalar_type(), " beside ", sizes);
+    row = (map.pixels ? row_->transpose(1, 2) : *row_).contiguous();
+    column = (map.pixels ? column_->transpose(1, 2) : *column_).contiguous();
+  }
+
+  // Of a plane.
+  template <typename T>
+  Axes<T> plane(int64_t plane) const {
+    if (!given) return {nullptr, nullptr};
+    return {row.const_data_ptr<T>() + plane * row.size(2),
+            column.const_data_ptr<T>() + plane * column.size(2)};
+  }
+  // Of one row of pixels.
+  template <typename T>
+  Axes<T> line(int64_t line) const {
+    if (!given) return {nullptr, nullptr};
+    return {row.const_data_ptr<T>() + line * row.size(2),
+            column.const_data_ptr<T>() + line / row.size(1) * column.size(1) * column.size(2)};
+  }
+
+  bool given;
+  Tensor row, column;
+};
+
+Lines lines_of_plane(const Map& map, bool axes) {
+  if (axes) return {map.height(), map.width(), false, 1, 0};
+  return {1, map.height() * map.width(), false, 0, 0};
+}
+
+Lines lines_of_pixels(const Map& map, int64_t count) {
+  return {count, map.channels(), true, 0, map.channels()};
+}
+
+int64_t grain(int64_t size) {
+  return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, size));
+}
+
+// of_plane(b, c) for each plane, or of_line(line) for each row of pixels.
+template <typename Plane, typename Line>
+void each(const Map& map, const Plane& of_plane, const Line& of_line) {
+  const int64_t channels = map.channels();
+  const int64_t size = map.pixels ? map.width() * channels : map.height() * map.width();
+  const int64_t tasks = map.batch() * (map.pixels ? map.height() : channels);
+  at::parallel_for(0, tasks, grain(size), [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      if (map.pixels) {
+        of_line(task);
+      } else {
+        of_plane(task / channels, task % channels);
+      }
+    }
+  });
+}
+
+// Sums over a map of `kCount` numbers a channel, (kCount, C) of float32.
+//
+// of_plane(b, c, double* const sums[kCount]) adds to those of one channel;
+// of_pixels(line, first, count, float* const sums[kCount]), of pixels first.. of one row of them.
+template <int kCount, typename Plane, typename Pixels>
+Tensor sums_of(const Map& map, const Plane& of_plane, const Pixels& of_pixels) {
+  const int64_t batch = map.batch(), channels = map.channels(), height = map.height(),
+                width = map.width();
+  Tensor out = at::empty({kCount, channels}, map.tensor.options().dtype(at::kFloat));
+  float* to = out.mutable_data_ptr<float>();
+  if (!map.pixels) {
+    at::parallel_for(0, channels, grain(batch * height * width), [&](int64_t begin, int64_t end) {
+      for (int64_t c = begin; c < end; ++c) {
+        double totals[kCount] = {};
+        double* sums[kCount];
+        for (int i = 0; i < kCount; ++i) sums[i] = totals + i;
+        for (int64_t b = 0; b < batch; ++b) of_plane(b, c, sums);
+        for (int i = 0; i < kCount; ++i) to[i * channels + c] = static_cast<float>(totals[i]);
+      }
+    });
+    return out;
+  }
+  const int64_t lines = batch * height, share = std::max<int64_t>(1, kTaskPixels / width);
+  const int64_t tasks = (lines + share - 1) / share, numbers = kCount * channels;
+  std::vector<double> totals(tasks * numbers);
+  at::parallel_for(0, tasks, grain(share * width * channels), [&](int64_t begin, int64_t end) {
+    std::vector<float> parts(numbers);
+    float* sums[kCount];
+    for (int i = 0; i < kCount; ++i) sums[i] = parts.data() + i * channels;
+    for (int64_t task = begin; task < end; ++task) {
+      double* total = totals.data() + task * numbers;
+      int64_t held = 0;
+      const auto flush = [&] {
+        for (int64_t k = 0; k < numbers; ++k) total[k] += parts[k];
+        std::fill(parts.begin(), parts.end(), 0.0f);
+        held = 0;
+      };
+      std::fill(parts.begin(), parts.end(), 0.0f);
+      for (int64_t line = task * share; line < std::min((task + 1) * share, lines); ++line) {
+        for (int64_t first = 0; first < width; first += kPixels) {
+          const int64_t count = std::min(kPixels, width - first);
+          if (held + count > kPixels) flush();
+          of_pixels(line, first, count, sums);
+          held += count;
+        }
+      }
+      flush();
+    }
+  });
+  for (int64_t k = 0; k < numbers; ++k) {
+    double total = 0.0;
+    for (int64_t task = 0; task < tasks; ++task) total += totals[task * numbers + k];
+    to[k] = static_cast<float>(total);
+  }
+  return out;
+}
+
+// Means, or sums, of float32 along the rows and columns of a map.
+template <typename T>
+void squeeze_map(const Map& map, float* row, float* column, bool mean) {
+  const int64_t channels = map.channels(), height = map.height(), width = map.width();
+  const int64_t blocks = (channels + kChannelBlock - 1) / kChannelBlock;
+  const int64_t block = std::min(kChannelBlock, channels);
+  const int64_t tasks = map.batch() * (map.pixels ? blocks : channels);
+  const int64_t size = height * width * (map.pixels ? block : 1);
+  at::parallel_for(0, tasks, grain(size), [&](int64_t begin, int64_t end) {
+    const int64_t numbers = map.pixels ? width * block : width;
+    std::vector<float> run(numbers);
+    std::vector<double> total(numbers);
+    const SqueezeScratch scratch = {run.data(), total.data()};
+    for (int64_t task = begin; task < end; ++task) {
+      if (map.pixels) {
+        const int64_t b = task / blocks, c = task % blocks * kChannelBlock, at = b * channels + c;
+        squeeze_channels(map.from<T>(b * height * width).data + c, height, width,
+                         std::min(kChannelBlock, channels - c), map.step, row + at * height,
+                         column + at * width, scratch, mean);
+      } else {
+        squeeze_plane(map.plane<T>(task / channels, task % channels).data, height, width, width,
+                      row + task * height, column + task * width, scratch, mean);
+      }
+    }
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> axial_moments(const Tensor& y) {
+  check_map("axial_moments", y);
+  const Map map(y, follows_pixels(y));
+  const int64_t batch = map.batch(), channels = map.channels(), height = map.height(),
+                width = map.width(), size = height * width;
+  const auto options = y.options().dtype(at::kFloat);
+  Tensor mean = at::empty({channels}, options), deviations = at::empty({channels}, options);
+  Tensor row = at::empty({batch, channels, height}, options);
+  Tensor column = at::empty({batch, channels, width}, options);
+  float* to_mean = mean.mutable_data_ptr<float>();
+  float* to_deviations = deviations.mutable_data_ptr<float>();
+  float* to_row = row.mutable_data_ptr<float>();
+  float* to_column = column.mutable_data_ptr<float>();
+
+  SEAATTN_DISPATCH(y.scalar_type(), "axial_moments", [&] {
+    if (!map.pixels) {
+      at::parallel_for(0, channels, grain(batch * size), [&](int64_t begin, int64_t end) {
+        std::vector<float> run(width);
+        std::vector<double> total(width);
+        for (int64_t c = begin; c < end; ++c) {
+          double sum = 0.0, squares = 0.0;
+          for (int64_t b = 0; b < batch; ++b) {
+            const int64_t plane = b * channels + c;
+            float* rows = to_row + plane * height;
+            squeeze_plane(map.plane<scalar_t>(b, c).data, height, width, width, rows,
+                          to_column + plane * width, {run.data(), total.data()}, true);
+            for (int64_t i = 0; i < height; ++i) sum += rows[i];
+          }
+          to_mean[c] = static_cast<float>(sum / (batch * height));
+          for (int64_t b = 0; b < batch; ++b) {
+            squares += deviations_of_line(map.plane<scalar_t>(b, c).data, size, to_mean[c]);
+          }
+          to_deviations[c] = static_cast<float>(squares);
+        }
+      });
+      return;
+    }
+    squeeze_map<scalar_t>(map, to_row, to_column, true);
+    const int64_t pixels = batch * size, tasks = (pixels + kPixels - 1) / kPixels;
+    std::vector<float> means(tasks * channels), squares(tasks * channels);
+    at::parallel_for(0, tasks, grain(kPixels * channels), [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t first = task * kPixels;
+        moments_of_pixels(lines_of_pixels(map, std::min(kPixels, pixels - first)),
+                          map.from<scalar_t>(first), means.data() + task * channels,
+                          squares.data() + task * channels);
+      }
+    });
+    // Chan, Golub and LeVeque (1979).
+    std::vector<double> of_mean(channels), of_squares(channels);
+    for (int64_t task = 0; task < tasks; ++task) {
+      const double before = static_cast<double>(task * kPixels);
+      const double count = static_cast<double>(std::min(kPixels, pixels - task * kPixels));
+      const double share = count / (before + count);
+      for (int64_t c = 0; c < channels; ++c) {
+        const double difference = means[task * channels + c] - of_mean[c];
+        of_mean[c] += difference * share;
+        of_squares[c] += squares[task * channels + c] + difference * difference * before * share;
+      }
+    }
+    const double none = pixels == 0 ? std::numeric_limits<double>::quiet_NaN() : 0.0;
+    for (int64_t c = 0; c < channels; ++c) {
+      to_mean[c] = static_cast<float>(of_mean[c] + none);
+      to_deviations[c] = static_cast<float>(of_squares[c]);
+    }
+  });
+  return {mean, deviations, row, column};
+}
+
+void check_activation(const char* name, int64_t activation) {
+  TORCH_CHECK(0 <= activation && activation < kActivations, name, ": no activation ", activation);
+}
+
+// The result, or where there is a gradient of it, that of n(y).
+Tensor normalize_map(const char* name, const Tensor* gradient, const Tensor& y,
+                     const Tensor& affine, const optional<Tensor>& row,
+                     const optional<Tensor>& column, int64_t activation, double slope) {
+  check_map(name, y);
+  check_activation(name, activation);
+  if (gradient) check_like(name, *gradient, y);
+  const Map map(y, follows_pixels(y));
+  const AxisVectors axes(name, row, column, map, y.scalar_type());
+  const Tensor constants = vectors(name, affine, 3, y);
+  const optional<Map> upstream =
+      gradient ? optional<Map>(Map(*gradient, map.pixels)) : std::nullopt;
+  const auto act = static_cast<Activation>(activation);
+  const float negative = static_cast<float>(slope);
+  Tensor out = empty_map(y);
+  SEAATTN_DISPATCH(y.scalar_type(), "normalize", [&] {
+    each(
+        map,
+        [&](int64_t b, int64_t c) {
+          Reader<const scalar_t> g = {nullptr, 0};
+          if (upstream) g = upstream->plane<scalar_t>(b, c);
+          normalize_lines(lines_of_plane(map, axes.given), g, map.plane<scalar_t>(b, c),
+                          affine_at(constants, c), axes.plane<scalar_t>(b * map.channels() + c),
+                          act, negative, plane_of<scalar_t>(out, b, c));
+        },
+        [&](int64_t line) {
+          const int64_t pixel = line * map.width();
+          Reader<const scalar_t> g = {nullptr, 0};
+          if (upstream) g = upstream->from<scalar_t>(pixel);
+          normalize_lines(lines_of_pixels(map, map.width()), g, map.from<scalar_t>(pixel),
+                          affine_at(constants, 0), axes.line<scalar_t>(line), act, negative,
+                          pixels_of<scalar_t>(out, pixel));
+        });
+  });
+  return out;
+}
+
+Tensor normalize(const Tensor& y, const Tensor& affine, const optional<Tensor>& row,
+                 const optional<Tensor>& column, int64_t activation, double slope) {
+  return normalize_map("normalize", nullptr, y, affine, row, column, activation, slope);
+}
+
+std::tuple<Tensor, Tensor, Tensor> normalize_add_backward(const Tensor& gradient, const Tensor& y,
+                                                          const Tensor& affine, const Tensor& row,
+                                                          const Tensor& column, int64_t activation,
+                                                          double slope) {
+  Tensor dn =
+      normalize_map("normalize_add_backward", &gradient, y, affine, row, column, activation, slope);
+  Tensor row_sums = at::empty(row.sizes(), affine.options());
+  Tensor column_sums = at::empty(column.sizes(), affine.options());
+  SEAATTN_DISPATCH(y.scalar_type(), "normalize_add_backward", [&] {
+    squeeze_map<scalar_t>(Map(dn, follows_pixels(y)), row_sums.mutable_data_ptr<float>(),
+                          column_sums.mutable_data_ptr<float>(), false);
+  });
+  return {dn, row_sums, column_sums};
+}
+
+// What the two halves of a gradient take: a map, its gradient, constants, axis vectors.
+struct Incoming {
+  Incoming(const char* name, const Tensor& gradient, const Tensor& y, const Tensor& affine,
+           const optional<Tensor>& row, const optional<Tensor>& column, int64_t activation_,
+           double slope_)
+      : map((check_map(name, y), check_like(name, gradient, y), y), follows_pixels(y)),
+        upstream(gradient, map.pixels),
+        axes(name, row, column, map, at::kFloat),
+        constants(vectors(name, affine, 3, y)),
+        activation(static_cast<Activation>(activation_)),
+        slope(static_cast<float>(slope_)) {
+    check_activation(name, activation_);
+    TORCH_CHECK(!axes.given || activation == kIdentity, name,
+                ": row and column go with no activation");
+  }
+  Map map, upstream;
+  AxisVectors axes;
+  Tensor constants;
+  Activation activation;
+  float slope;
+};
+
+Tensor normalize_sums(const Tensor& gradient, const Tensor& y, const Tensor& affine,
+                      const optional<Tensor>& row, const optional<Tensor>& column,
+                      int64_t activation, double slope) {
+  const Incoming in("normalize_sums", gradient, y, affine, row, column, activation, slope);
+  const Map& map = in.map;
+  Tensor sums;
+  SEAATTN_DISPATCH(y.scalar_type(), "normalize_sums", [&] {
+    sums = sums_of<2>(
+        map,
+        [&](int64_t b, int64_t c, double* const* to) {
+          normalize_sums_lines(
+              lines_of_plane(map, in.axes.given), in.upstream.plane<scalar_t>(b, c),
+              map.plane<scalar_t>(b, c), affine_at(in.constants, c),
+              in.axes.plane<float>(b * map.channels() + c), in.activation, in.slope, to[0], to[1]);
+        },
+        [&](int64_t line, int64_t first, int64_t count, float* const* to) {
+          const int64_t pixel = line * map.width() + first;
+          Axes<float> axes = in.axes.line<float>(line);
+          if (axes.column) axes.column += first * map.channels();
+          normalize_sums_lines(lines_of_pixels(map, count), in.upstream.from<scalar_t>(pixel),
+                               map.from<scalar_t>(pixel), affine_at(in.constants, 0), axes,
+                               in.activation, in.slope, to[0], to[1]);
+        });
+  });
+  return sums;
+}
+
+Tensor normalize_backward(const Tensor& gradient, const Tensor& y, const Tensor& affine,
+                          const Tensor& terms_, const optional<Tensor>& row,
+                          const optional<Tensor>& column, int64_t activation, double slope) {
+  const Incoming in("normalize_backward", gradient, y, affine, row, column, activation, slope);
+  const Map& map = in.map;
+  const Tensor terms = vectors("normalize_backward", terms_, 2, y);
+  Tensor out = empty_map(y);
+  SEAATTN_DISPATCH(y.scalar_type(), "normalize_backward", [&] {
+    each(
+        map,
+        [&](int64_t b, int64_t c) {
+          normalize_backward_lines(lines_of_plane(map, in.axes.given),
+                                   in.upstream.plane<scalar_t>(b, c), map.plane<scalar_t>(b, c),
+                                   affine_at(in.constants, c), terms_at(terms, c),
+                                   in.axes.plane<float>(b * map.channels() + c), in.activation,
+                                   in.slope, plane_of<scalar_t>(out, b, c));
+        },
+        [&](int64_t line) {
+          const int64_t pixel = line * map.width();
+          normalize_backward_lines(
+              lines_of_pixels(map, map.width()), in.upstream.from<scalar_t>(pixel),
+              map.from<scalar_t>(pixel), affine_at(in.constants, 0), terms_at(terms, 0),
+              in.axes.line<float>(line), in.activation, in.slope, pixels_of<scalar_t>(out, pixel));
+        });
+  });
+  return out;
+}
+
+// Two maps that are read side by side, in the layout of x.
+struct GatedMaps {
+  GatedMaps(const char* name, const Tensor& x, const Tensor& y, const Tensor& x_affine,
+            const Tensor& y_affine, bool hard_)
+      : of_x((check_map(name, x), check_like(name, y, x), x), follows_pixels(x)),
+        of_y(y, of_x.pixels),
+        x_constants(vectors(name, x_affine, 3, x)),
+        y_constants(vectors(name, y_affine, 3, x)),
+        hard(hard_) {}
+
+  template <typename T>
+  Gated<T> plane(int64_t b, int64_t c) const {
+    return {of_x.plane<T>(b, c), of_y.plane<T>(b, c), affine_at(x_constants, c),
+            affine_at(y_constants, c), hard};
+  }
+  template <typename T>
+  Gated<T> from(int64_t pixel) const {
+    return {of_x.from<T>(pixel), of_y.from<T>(pixel), affine_at(x_constants, 0),
+            affine_at(y_constants, 0), hard};
+  }
+
+  Map of_x, of_y;
+  Tensor x_constants, y_constants;
+  bool hard;
+};
+
+Tensor normalize_gate(const Tensor& x, const Tensor& y, const Tensor& x_affine,
+                      const Tensor& y_affine, bool hard) {
+  const GatedMaps maps("normalize_gate", x, y, x_affine, y_affine, hard);
+  const Map& map = maps.of_x;
+  Tensor out = empty_map(x);
+  SEAATTN_DISPATCH(x.scalar_type(), "normalize_gate", [&] {
+    each(
+        map,
+        [&](int64_t b, int64_t c) {
+          normalize_gate_lines(lines_of_plane(map, false), maps.plane<scalar_t>(b, c),
+                               plane_of<scalar_t>(out, b, c));
+        },
+        [&](int64_t line) {
+          const int64_t pixel = line * map.width();
+          normalize_gate_lines(lines_of_pixels(map, map.width()), maps.from<scalar_t>(pixel),
+                               pixels_of<scalar_t>(out, pixel));
+        });
+  });
+  return out;
+}
+
+std::tuple<Tensor, Tensor> normalize_gate_sums(const Tensor& gradient, const Tensor& x,
+                                               const Tensor& y, const Tensor& x_affine,
+                                               const Tensor& y_affine, bool hard) {
+  const GatedMaps maps("normalize_gate_sums", x, y, x_affine, y_affine, hard);
+  check_like("normalize_gate_sums", gradient, x);
+  const Map& map = maps.of_x;
+  const Map upstream(gradient, map.pixels);
+  Tensor sums;
+  SEAATTN_DISPATCH(x.scalar_type(), "normalize_gate_sums", [&] {
+    sums = sums_of<4>(
+        map,
+        [&](int64_t b, int64_t c, double* const* to) {
+          normalize_gate_sums_lines(lines_of_plane(map, false), upstream.plane<scalar_t>(b, c),
+                                    maps.plane<scalar_t>(b, c), to);
+        },
+        [&](int64_t line, int64_t first, int64_t count, float* const* to) {
+          const int64_t pixel = line * map.width() + first;
+          normalize_gate_sums_lines(lines_of_pixels(map, count), upstream.from<scalar_t>(pixel),
+                                    maps.from<scalar_t>(pixel), to);
+        });
+  });
+  return {sums.slice(0, 0, 2).clone(), sums.slice(0, 2, 4).clone()};
+}
+
+std::tuple<Tensor, Tensor> normalize_gate_backward(const Tensor& gradient, const Tensor& x,
+                                                   const Tensor& y, const Tensor& x_affine,
+                                                   const Tensor& y_affine, const Tensor& x_terms,
+                                                   const Tensor& y_terms, bool hard) {
+  const GatedMaps maps("normalize_gate_backward", x, y, x_affine, y_affine, hard);
+  check_like("normalize_gate_backward", gradient, x);
+  const Map& map = maps.of_x;
+  const Map upstream(gradient, map.pixels);
+  const Tensor of_x = vectors("normalize_gate_backward", x_terms, 2, x);
+  const Tensor of_y = vectors("normalize_gate_backward", y_terms, 2, x);
+  Tensor dx = empty_map(x), dy = empty_map(x);
+  SEAATTN_DISPATCH(x.scalar_type(), "normalize_gate_backward", [&] {
+    each(
+        map,
+        [&](int64_t b, int64_t c) {
+          normalize_gate_backward_lines(lines_of_plane(map, false), upstream.plane<scalar_t>(b, c),
+                                        maps.plane<scalar_t>(b, c), terms_at(of_x, c),
+                                        terms_at(of_y, c), plane_of<scalar_t>(dx, b, c),
+                                        plane_of<scalar_t>(dy, b, c));
+        },
+        [&](int64_t line) {
+          const int64_t pixel = line * map.width();
+          normalize_gate_backward_lines(
+              lines_of_pixels(map, map.width()), upstream.from<scalar_t>(pixel),
+              maps.from<scalar_t>(pixel), terms_at(of_x, 0), terms_at(of_y, 0),
+              pixels_of<scalar_t>(dx, pixel), pixels_of<scalar_t>(dy, pixel));
+        });
+  });
+  return {dx, dy};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(seaattn_kernels, CPU, library) {
+  library.impl("axial_moments.cpu", axial_moments);
+  library.impl("normalize.cpu", normalize);
+  library.impl("normalize_sums.cpu", normalize_sums);
+  library.impl("normalize_backward.cpu", normalize_backward);
+  library.impl("normalize_add_backward.cpu", normalize_add_backward);
+  library.impl("normalize_gate.cpu", normalize_gate);
+  library.impl("normalize_gate_sums.cpu", normalize_gate_sums);
+  library.impl("normalize_gate_backward.cpu", normalize_gate_backward);
+}
+
+}  // namespace seaattn
