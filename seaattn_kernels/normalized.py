@@ -56,6 +56,13 @@ def axial_moments(y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return mean, (y - mean[:, None, None]).square().sum(_MAP), row, column
 
 
+def moments(y: Tensor) -> tuple[Tensor, Tensor]:
+    """The first two of :func:`axial_moments`."""
+    y = y.to(wide(y.dtype))
+    mean = y.mean(_MAP)
+    return mean, (y - mean[:, None, None]).square().sum(_MAP)
+
+
 def normalize(
     y: Tensor,
     affine: Tensor,

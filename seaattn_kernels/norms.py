@@ -161,4 +161,5 @@ def update(
 
 
 def _move(average: Tensor, value: Tensor, factor: float | Tensor) -> None:
-    average.copy_(average + (value - average) * factor)
+    value = value.to(average.dtype)
+    average.lerp_(value, factor if isinstance(factor, float) else factor.to(average.dtype))

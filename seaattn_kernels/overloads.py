@@ -41,6 +41,7 @@ SCHEMAS = {
     ),
     "gate": "(Tensor x, Tensor y, bool hard) -> Tensor",
     "gate_backward": "(Tensor gradient, Tensor x, Tensor y, bool hard) -> (Tensor, Tensor)",
+    "moments": "(Tensor y) -> (Tensor, Tensor)",
     "axial_moments": "(Tensor y) -> (Tensor, Tensor, Tensor, Tensor)",
     "normalize": f"(Tensor y, Tensor affine, {_AXES}, {_ACTIVATION}) -> Tensor",
     "normalize_sums": f"(Tensor gradient, Tensor y, Tensor affine, {_AXES}, {_ACTIVATION}) -> Tensor",
@@ -70,6 +71,7 @@ SCHEMAS = {
 #: The operators between the products of a training pass, without gradients of their own. A backend
 #: may have some of them: :mod:`training` takes the others from the reference.
 STAGES = (
+    "moments",
     "axial_moments",
     "normalize",
     "normalize_sums",
@@ -91,7 +93,7 @@ OPERATORS = {
         "broadcast_add",
         "gate",
         "sea_attention",
-        *(name for name in STAGES if not name.startswith("depthwise")),
+        *STAGES,
     ),
     "triton": (
         "axial_squeeze",

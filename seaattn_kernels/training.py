@@ -168,22 +168,24 @@ class _Pending(NamedTuple):
 
 
 def _settle(
-    y: Tensor, layer: _Layer, rule: Rule, settings: _Settings
-) -> tuple[_Pending, tuple[Tensor | None, ...], tuple[Tensor, ...]]:
-    """The pending norm of a map, its statistics if they are the batch's, and its axial means."""
+    y: Tensor, layer: _Layer, rule: Rule, settings: _Settings, moments: Sequence[Tensor] = ()
+) -> tuple[_Pending, tuple[Tensor | None, ...]]:
+    """The pending norm of a map, and its statistics if they are the batch's."""
     statistics: tuple[Tensor | None, ...] = (None, None, None)
-    center, deviations, *axes = settings.stage("axial_moments")(y)
     mean, var = layer.mean, layer.var
     if rule.batch:
+        mean, deviations = moments or settings.stage("moments")(y)
         count = y.numel() // y.shape[1]
-        mean, var, total = statistics = norms.merge(center, deviations, count, rule.group)
+        mean, var, _ = statistics = norms.merge(mean, deviations, count, rule.group)
     if mean is None:
-        mean, inverse = torch.zeros_like(center), torch.ones_like(center)
+        kind = torch.promote_types(y.dtype, torch.float32)
+        mean = torch.zeros(y.shape[1], dtype=kind, device=y.device)
+        inverse = torch.ones_like(mean)
     else:
         inverse = (var + rule.eps).rsqrt()
     scale = inverse if layer.norm_weight is None else inverse * layer.norm_weight
     shift = torch.zeros_like(mean) if layer.norm_bias is None else layer.norm_bias
-    return _Pending(y, torch.stack([mean, scale, shift]), inverse, statistics[2]), statistics, axes
+    return _Pending(y, torch.stack([mean, scale, shift]), inverse, statistics[2]), statistics
 
 
 def _product_backward(
@@ -211,11 +213,12 @@ class _Project(torch.autograd.Function):
         *tensors, rule, settings = rest
         layer = _Layer(*tensors)
         y = F.conv2d(x, layer.weight, layer.bias)
-        pending, statistics, axes = _settle(y, layer, rule, settings)
+        *moments, row, column = settings.stage("axial_moments")(y)
+        pending, statistics = _settle(y, layer, rule, settings, moments)
         ctx.save_for_backward(x, *layer, *pending)
         ctx.rule, ctx.settings = rule, settings
         mean, scale, shift = pending.affine[..., None]
-        row, column = (((t - mean) * scale + shift).to(y.dtype) for t in axes)
+        row, column = (((t - mean) * scale + shift).to(y.dtype) for t in (row, column))
         constants = (pending.affine, *statistics)
         ctx.mark_non_differentiable(*(t for t in constants if t is not None))
         return y, row, column, *constants
@@ -256,7 +259,7 @@ class _Mix(torch.autograd.Function):
 
         def settle(index: int, y: Tensor) -> _Pending:
             norms.check_size(y.shape, rules[index])
-            settled.append(_settle(y, layers[index], rules[index], settings)[:2])
+            settled.append(_settle(y, layers[index], rules[index], settings))
             return settled[-1][0]
 
         normalize = settings.stage("normalize")
@@ -341,7 +344,7 @@ class _SyncNorm(torch.autograd.Function):
     def forward(ctx, y, *rest):
         *tensors, rule, settings = rest
         layer = _Layer(y, None, *tensors)
-        pending, statistics, _ = _settle(y, layer, rule, settings)
+        pending, statistics = _settle(y, layer, rule, settings)
         ctx.save_for_backward(*tensors, *pending)
         ctx.rule, ctx.settings = rule, settings
         ctx.mark_non_differentiable(*(t for t in statistics if t is not None))

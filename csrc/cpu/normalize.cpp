@@ -26,13 +26,12 @@ SEAATTN_INLINE float normalized(float y, Affine affine, int64_t k) {
          constant<kPixelwise>(affine.shift, k);
 }
 
-template <bool kPixelwise, typename T>
-SEAATTN_INLINE float added(Axes<T> axes, int64_t k) {
-  return widen(axes.row[kPixelwise ? k : 0]) + widen(axes.column[k]);
+template <bool kPixelwise>
+SEAATTN_INLINE float added(Axes axes, int64_t k) {
+  return constant<kPixelwise>(axes.row, k) + axes.column[k];
 }
 
-template <typename T>
-SEAATTN_INLINE Axes<T> at_line(Axes<T> axes, const Lines& lines, int64_t line) {
+SEAATTN_INLINE Axes at_line(Axes axes, const Lines& lines, int64_t line) {
   if (!axes.row) return axes;
   return {axes.row + line * lines.row_step, axes.column + line * lines.column_step};
 }
@@ -42,7 +41,7 @@ template <bool kPixelwise, bool kAxes, bool kBackward, Activation kActivation, t
 struct Activated {
   const T *gradient, *y;
   Affine affine;
-  Axes<T> axes;
+  Axes axes;
   float slope;
 
   SEAATTN_INLINE float operator()(int64_t k) const {
@@ -65,7 +64,7 @@ template <bool kPixelwise, bool kAxes, Activation kActivation, typename T>
 struct Incoming {
   const T *gradient, *y;
   Affine affine;
-  Axes<float> axes;
+  Axes axes;
   float slope;
 
   SEAATTN_INLINE Pair operator()(int64_t k) const {
@@ -173,7 +172,7 @@ SEAATTN_INLINE void put_line(const Value& value, int64_t length, T* to) {
 }
 
 template <bool kPixelwise, bool kAxes, Activation kActivation, typename T>
-SEAATTN_INLINE void normalize_body(Lines lines, Reader<const T> y, Affine affine, Axes<T> axes,
+SEAATTN_INLINE void normalize_body(Lines lines, Reader<const T> y, Affine affine, Axes axes,
                                    float slope, Reader<T> out) {
   for (int64_t line = 0; line < lines.count; ++line) {
     const Activated<kPixelwise, kAxes, false, kActivation, T> value = {
@@ -184,7 +183,7 @@ SEAATTN_INLINE void normalize_body(Lines lines, Reader<const T> y, Affine affine
 
 template <bool kPixelwise, bool kAxes, Activation kActivation, typename T>
 SEAATTN_INLINE void add_backward_body(Lines lines, Reader<const T> gradient, Reader<const T> y,
-                                      Affine affine, Axes<T> axes, float slope, Reader<T> out) {
+                                      Affine affine, Axes axes, float slope, Reader<T> out) {
   for (int64_t line = 0; line < lines.count; ++line) {
     const Activated<kPixelwise, kAxes, true, kActivation, T> value = {
         gradient.data + line * gradient.step, y.data + line * y.step, affine,
@@ -195,7 +194,7 @@ SEAATTN_INLINE void add_backward_body(Lines lines, Reader<const T> gradient, Rea
 
 template <bool kPixelwise, bool kAxes, Activation kActivation, typename T, typename Sum>
 SEAATTN_INLINE void sums_body(Lines lines, Reader<const T> gradient, Reader<const T> y,
-                              Affine affine, Axes<float> axes, float slope, Sum* sum, Sum* dot) {
+                              Affine affine, Axes axes, float slope, Sum* sum, Sum* dot) {
   for (int64_t line = 0; line < lines.count; ++line) {
     const Incoming<kPixelwise, kAxes, kActivation, T> pair = {gradient.data + line * gradient.step,
                                                               y.data + line * y.step, affine,
@@ -223,7 +222,7 @@ SEAATTN_INLINE float to_raw(Pair found, Affine affine, Terms terms, int64_t k) {
 
 template <bool kPixelwise, bool kAxes, Activation kActivation, typename T>
 SEAATTN_INLINE void backward_body(Lines lines, Reader<const T> gradient, Reader<const T> y,
-                                  Affine affine, Terms terms, Axes<float> axes, float slope,
+                                  Affine affine, Terms terms, Axes axes, float slope,
                                   Reader<T> out) {
   for (int64_t line = 0; line < lines.count; ++line) {
     const Incoming<kPixelwise, kAxes, kActivation, T> pair = {gradient.data + line * gradient.step,
@@ -294,8 +293,9 @@ SEAATTN_INLINE void gate_backward_body(Lines lines, Reader<const T> gradient, co
   }
 }
 
-template <typename T>
-SEAATTN_INLINE double deviations_body(const T* y, int64_t length, float mean) {
+// The sum of y, or of its squared deviations from `mean`.
+template <bool kSquared, typename T>
+SEAATTN_INLINE double line_body(const T* y, int64_t length, float mean) {
   double total = 0.0;
   for (int64_t begin = 0; begin < length; begin += kRun) {
     const int64_t end = std::min(begin + kRun, length);
@@ -306,11 +306,12 @@ SEAATTN_INLINE double deviations_body(const T* y, int64_t length, float mean) {
       float deviation[kLanes];
 #pragma omp simd
       for (int l = 0; l < kLanes; ++l) deviation[l] = widen(y[k + l]) - mean;
-      part += *(const Lanes*)deviation * *(const Lanes*)deviation;
+      const Lanes lanes = *(const Lanes*)deviation;
+      part += kSquared ? lanes * lanes : lanes;
     }
     for (; k < end; ++k) {
       const float deviation = widen(y[k]) - mean;
-      tail += deviation * deviation;
+      tail += kSquared ? deviation * deviation : deviation;
     }
     for (int half = kLanes / 2; half > 0; half /= 2) {
       for (int l = 0; l < half; ++l) part[l] += part[l + half];
@@ -366,7 +367,7 @@ SEAATTN_INLINE void moments_body(Lines lines, Reader<const T> y, float* mean, fl
 #define SEAATTN_INSTANTIATE(T)                                                                     \
   template <>                                                                                      \
   SEAATTN_CLONES void normalize_lines<T>(Lines lines, Reader<const T> gradient, Reader<const T> y, \
-                                         Affine affine, Axes<T> axes, Activation activation,       \
+                                         Affine affine, Axes axes, Activation activation,          \
                                          float slope, Reader<T> out) {                             \
     if (gradient.data && lines.pixels) {                                                           \
       SEAATTN_ACTIVATIONS(add_backward_body, true, true, lines, gradient, y, affine, axes, slope,  \
@@ -386,7 +387,7 @@ SEAATTN_INLINE void moments_body(Lines lines, Reader<const T> y, float* mean, fl
   }                                                                                                \
   template <>                                                                                      \
   SEAATTN_CLONES void normalize_sums_lines<T, float>(                                              \
-      Lines lines, Reader<const T> gradient, Reader<const T> y, Affine affine, Axes<float> axes,   \
+      Lines lines, Reader<const T> gradient, Reader<const T> y, Affine affine, Axes axes,          \
       Activation activation, float slope, float* sum, float* dot) {                                \
     if (axes.row) {                                                                                \
       return sums_body<true, true, kIdentity>(lines, gradient, y, affine, axes, slope, sum, dot);  \
@@ -395,7 +396,7 @@ SEAATTN_INLINE void moments_body(Lines lines, Reader<const T> y, float* mean, fl
   }                                                                                                \
   template <>                                                                                      \
   SEAATTN_CLONES void normalize_sums_lines<T, double>(                                             \
-      Lines lines, Reader<const T> gradient, Reader<const T> y, Affine affine, Axes<float> axes,   \
+      Lines lines, Reader<const T> gradient, Reader<const T> y, Affine affine, Axes axes,          \
       Activation activation, float slope, double* sum, double* dot) {                              \
     if (axes.row) {                                                                                \
       return sums_body<false, true, kIdentity>(lines, gradient, y, affine, axes, slope, sum, dot); \
@@ -406,7 +407,7 @@ SEAATTN_INLINE void moments_body(Lines lines, Reader<const T> y, float* mean, fl
   template <>                                                                                      \
   SEAATTN_CLONES void normalize_backward_lines<T>(                                                 \
       Lines lines, Reader<const T> gradient, Reader<const T> y, Affine affine, Terms terms,        \
-      Axes<float> axes, Activation activation, float slope, Reader<T> out) {                       \
+      Axes axes, Activation activation, float slope, Reader<T> out) {                              \
     if (lines.pixels && axes.row) {                                                                \
       return backward_body<true, true, kIdentity>(lines, gradient, y, affine, terms, axes, slope,  \
                                                   out);                                            \
@@ -445,7 +446,11 @@ SEAATTN_INLINE void moments_body(Lines lines, Reader<const T> y, float* mean, fl
   }                                                                                                \
   template <>                                                                                      \
   SEAATTN_CLONES double deviations_of_line<T>(const T* y, int64_t length, float mean) {            \
-    return deviations_body(y, length, mean);                                                       \
+    return line_body<true>(y, length, mean);                                                       \
+  }                                                                                                \
+  template <>                                                                                      \
+  SEAATTN_CLONES double sum_of_line<T>(const T* y, int64_t length) {                               \
+    return line_body<false>(y, length, 0.0f);                                                      \
   }                                                                                                \
   template <>                                                                                      \
   SEAATTN_CLONES void moments_of_pixels<T>(Lines lines, Reader<const T> y, float* mean,            \

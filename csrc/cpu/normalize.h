@@ -43,26 +43,25 @@ struct Terms {
 
 // One number a line of NCHW and one an element of its columns; vectors of a pixel in NHWC. Null
 // where nothing is added.
-template <typename T>
 struct Axes {
-  const T *row, *column;
+  const float *row, *column;
 };
 
 // out = act(n(y) + row + column); where `gradient` is given, gradient * act'(the same) instead.
 template <typename T>
 void normalize_lines(Lines lines, Reader<const T> gradient, Reader<const T> y, Affine affine,
-                     Axes<T> axes, Activation activation, float slope, Reader<T> out);
+                     Axes axes, Activation activation, float slope, Reader<T> out);
 
 // Adds the sums of g and of g * (y - mean) to `sums`, g = gradient * act'(n(y)), or with axes
 // gradient + row + column. In pixels float32 to vectors, else float64 to two numbers.
 template <typename T, typename Sum>
 void normalize_sums_lines(Lines lines, Reader<const T> gradient, Reader<const T> y, Affine affine,
-                          Axes<float> axes, Activation activation, float slope, Sum* sum, Sum* dot);
+                          Axes axes, Activation activation, float slope, Sum* sum, Sum* dot);
 
 // out = scale * (g - offset - (y - mean) * factor)
 template <typename T>
 void normalize_backward_lines(Lines lines, Reader<const T> gradient, Reader<const T> y,
-                              Affine affine, Terms terms, Axes<float> axes, Activation activation,
+                              Affine affine, Terms terms, Axes axes, Activation activation,
                               float slope, Reader<T> out);
 
 // Two maps, and the affines of both.
@@ -86,7 +85,9 @@ template <typename T>
 void normalize_gate_backward_lines(Lines lines, Reader<const T> gradient, Gated<T> maps, Terms of_x,
                                    Terms of_y, Reader<T> dx, Reader<T> dy);
 
-// The sum of (y - mean)**2 of one channel.
+// The sum of y, and of (y - mean)**2, of one channel.
+template <typename T>
+double sum_of_line(const T* y, int64_t length);
 template <typename T>
 double deviations_of_line(const T* y, int64_t length, float mean);
 

@@ -4,15 +4,16 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
+#include <c10/util/SmallVector.h>
 #include <torch/library.h>
 
 #include <algorithm>
-#include <limits>
 #include <optional>
 #include <tuple>
 #include <type_traits>
 #include <vector>
 
+#include "depthwise.h"
 #include "normalize.h"
 #include "squeeze.h"
 #include "tensors.h"
@@ -25,6 +26,8 @@ using std::optional;
 
 // Pixels of an NHWC map whose sums are one task's, whatever the number of threads.
 constexpr int64_t kTaskPixels = 1024;
+// Channels of an NCHW map whose sums are one task's, and elements of an image that they have.
+constexpr int64_t kGroup = 32, kGroupElements = 2048;
 
 // A map whose planes, or whose pixels, are dense: where it lies, or a copy.
 struct Map {
@@ -129,11 +132,18 @@ Terms terms_at(const Tensor& terms, int64_t c) {
   return {data + c, data + terms.size(1) + c};
 }
 
-// Axis vectors, beside each other as the map has its channels.
+// What is added to a plane, as its lines take it.
+struct PlaneAxes {
+  Lines lines;
+  Axes axes;
+  c10::SmallVector<float, 400> sums;
+};
+
+// Axis vectors in float32, beside another as the map has its channels.
 struct AxisVectors {
   AxisVectors(const char* name, const optional<Tensor>& row_, const optional<Tensor>& column_,
-              const Map& map, at::ScalarType dtype) {
-    given = row_.has_value() && column_.has_value();
+              const Map& map, at::ScalarType dtype)
+      : given(row_.has_value()), height(map.height()), width(map.width()) {
     TORCH_CHECK(row_.has_value() == column_.has_value(), name, ": row and column, both or neither");
     if (!given) return;
     const at::IntArrayRef sizes = map.tensor.sizes();
@@ -144,31 +154,45 @@ struct AxisVectors {
                 name, ": row and column must be (B, C, H) and (B, C, W) of ", dtype, ", got ",
                 row_->sizes(), " ", row_->scalar_type(), " and ", column_->sizes(), " ",
                 column_->scalar_type(), " beside ", sizes);
-    row = (map.pixels ? row_->transpose(1, 2) : *row_).contiguous();
-    column = (map.pixels ? column_->transpose(1, 2) : *column_).contiguous();
+    row = (map.pixels ? row_->transpose(1, 2) : *row_).to(at::kFloat).contiguous();
+    column = (map.pixels ? column_->transpose(1, 2) : *column_).to(at::kFloat).contiguous();
   }
 
-  // Of a plane.
-  template <typename T>
-  Axes<T> plane(int64_t plane) const {
-    if (!given) return {nullptr, nullptr};
-    return {row.const_data_ptr<T>() + plane * row.size(2),
-            column.const_data_ptr<T>() + plane * column.size(2)};
+  // Rows that fill no vectors are added up for the plane as one line.
+  PlaneAxes plane(int64_t plane) const {
+    static const float kZero = 0.0f;
+    PlaneAxes out = {{1, height * width, false, 0, 0}, {nullptr, nullptr}, {}};
+    if (!given) return out;
+    const float* of_row = row.const_data_ptr<float>() + plane * height;
+    const float* of_column = column.const_data_ptr<float>() + plane * width;
+    if (width >= 64 || width % 16 == 0) {
+      out.lines = {height, width, false, 1, 0};
+      out.axes = {of_row, of_column};
+      return out;
+    }
+    out.sums.resize(height * width);
+    float* to = out.sums.data();
+    for (int64_t i = 0; i < height; ++i) {
+      for (int64_t j = 0; j < width; ++j) to[i * width + j] = of_row[i] + of_column[j];
+    }
+    out.axes = {&kZero, to};
+    return out;
   }
-  // Of one row of pixels.
-  template <typename T>
-  Axes<T> line(int64_t line) const {
+
+  // Of one row of pixels, from the pixel `first` on.
+  Axes line(int64_t line, int64_t first = 0) const {
     if (!given) return {nullptr, nullptr};
-    return {row.const_data_ptr<T>() + line * row.size(2),
-            column.const_data_ptr<T>() + line / row.size(1) * column.size(1) * column.size(2)};
+    const int64_t channels = row.size(2);
+    return {row.const_data_ptr<float>() + line * channels,
+            column.const_data_ptr<float>() + (line / height * width + first) * channels};
   }
 
   bool given;
+  int64_t height, width;
   Tensor row, column;
 };
 
-Lines lines_of_plane(const Map& map, bool axes) {
-  if (axes) return {map.height(), map.width(), false, 1, 0};
+Lines lines_of_plane(const Map& map) {
   return {1, map.height() * map.width(), false, 0, 0};
 }
 
@@ -197,6 +221,20 @@ void each(const Map& map, const Plane& of_plane, const Line& of_line) {
   });
 }
 
+// of_channels(first, last) for groups of channels whose planes of one image are some pages of
+// memory: a channel of many small images would be read from as many pages.
+template <typename Group>
+void each_group(const Map& map, const Group& of_channels) {
+  const int64_t channels = map.channels(), size = map.height() * map.width();
+  const int64_t group = std::clamp<int64_t>(kGroupElements / size, 1, kGroup);
+  const int64_t tasks = (channels + group - 1) / group;
+  at::parallel_for(0, tasks, grain(map.batch() * size * group), [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      of_channels(task * group, std::min((task + 1) * group, channels));
+    }
+  });
+}
+
 // Sums over a map of `kCount` numbers a channel, (kCount, C) of float32.
 //
 // of_plane(b, c, double* const sums[kCount]) adds to those of one channel;
@@ -208,13 +246,19 @@ Tensor sums_of(const Map& map, const Plane& of_plane, const Pixels& of_pixels) {
   Tensor out = at::empty({kCount, channels}, map.tensor.options().dtype(at::kFloat));
   float* to = out.mutable_data_ptr<float>();
   if (!map.pixels) {
-    at::parallel_for(0, channels, grain(batch * height * width), [&](int64_t begin, int64_t end) {
-      for (int64_t c = begin; c < end; ++c) {
-        double totals[kCount] = {};
-        double* sums[kCount];
-        for (int i = 0; i < kCount; ++i) sums[i] = totals + i;
-        for (int64_t b = 0; b < batch; ++b) of_plane(b, c, sums);
-        for (int i = 0; i < kCount; ++i) to[i * channels + c] = static_cast<float>(totals[i]);
+    each_group(map, [&](int64_t first, int64_t last) {
+      double totals[kGroup][kCount] = {};
+      for (int64_t b = 0; b < batch; ++b) {
+        for (int64_t c = first; c < last; ++c) {
+          double* sums[kCount];
+          for (int i = 0; i < kCount; ++i) sums[i] = &totals[c - first][i];
+          of_plane(b, c, sums);
+        }
+      }
+      for (int64_t c = first; c < last; ++c) {
+        for (int i = 0; i < kCount; ++i) {
+          to[i * channels + c] = static_cast<float>(totals[c - first][i]);
+        }
       }
     });
     return out;
@@ -281,71 +325,114 @@ void squeeze_map(const Map& map, float* row, float* column, bool mean) {
   });
 }
 
+// The mean and the sum of squared deviations of each channel of an NHWC map.
+template <typename T>
+void moments_of_map(const Map& map, float* mean, float* deviations) {
+  const int64_t channels = map.channels(), pixels = map.batch() * map.height() * map.width();
+  const int64_t tasks = (pixels + kPixels - 1) / kPixels;
+  std::vector<float> means(tasks * channels), squares(tasks * channels);
+  at::parallel_for(0, tasks, grain(kPixels * channels), [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t first = task * kPixels;
+      moments_of_pixels(lines_of_pixels(map, std::min(kPixels, pixels - first)), map.from<T>(first),
+                        means.data() + task * channels, squares.data() + task * channels);
+    }
+  });
+  // Chan, Golub and LeVeque (1979).
+  std::vector<double> of_mean(channels), of_squares(channels);
+  for (int64_t task = 0; task < tasks; ++task) {
+    const double before = static_cast<double>(task * kPixels);
+    const double count = static_cast<double>(std::min(kPixels, pixels - task * kPixels));
+    const double share = count / (before + count);
+    for (int64_t c = 0; c < channels; ++c) {
+      const double difference = means[task * channels + c] - of_mean[c];
+      of_mean[c] += difference * share;
+      of_squares[c] += squares[task * channels + c] + difference * difference * before * share;
+    }
+  }
+  for (int64_t c = 0; c < channels; ++c) {
+    mean[c] = static_cast<float>(of_mean[c]);
+    deviations[c] = static_cast<float>(of_squares[c]);
+  }
+}
+
+// Those of an NCHW map. of_plane(b, c) sums one plane up.
+template <typename T, typename Sum>
+void moments_of_planes(const Map& map, const Sum& of_plane, float* mean, float* deviations) {
+  const int64_t batch = map.batch(), size = map.height() * map.width();
+  each_group(map, [&](int64_t first, int64_t last) {
+    double totals[kGroup] = {};
+    for (int64_t b = 0; b < batch; ++b) {
+      for (int64_t c = first; c < last; ++c) totals[c - first] += of_plane(b, c);
+    }
+    for (int64_t c = first; c < last; ++c) {
+      mean[c] = static_cast<float>(totals[c - first] / (batch * size));
+      totals[c - first] = 0.0;
+    }
+    for (int64_t b = 0; b < batch; ++b) {
+      for (int64_t c = first; c < last; ++c) {
+        totals[c - first] += deviations_of_line(map.plane<T>(b, c).data, size, mean[c]);
+      }
+    }
+    for (int64_t c = first; c < last; ++c) deviations[c] = static_cast<float>(totals[c - first]);
+  });
+}
+
+std::tuple<Tensor, Tensor> moments(const Tensor& y) {
+  check_map("moments", y);
+  const Map map(y, follows_pixels(y));
+  const auto options = y.options().dtype(at::kFloat);
+  Tensor mean = at::zeros({y.size(1)}, options), deviations = at::zeros({y.size(1)}, options);
+  if (y.numel() == 0) return {mean, deviations};
+  float* to_mean = mean.mutable_data_ptr<float>();
+  float* to_deviations = deviations.mutable_data_ptr<float>();
+  SEAATTN_DISPATCH(y.scalar_type(), "moments", [&] {
+    if (map.pixels) {
+      moments_of_map<scalar_t>(map, to_mean, to_deviations);
+      return;
+    }
+    const int64_t size = map.height() * map.width();
+    const auto sum = [&](int64_t b, int64_t c) {
+      return sum_of_line(map.plane<scalar_t>(b, c).data, size);
+    };
+    moments_of_planes<scalar_t>(map, sum, to_mean, to_deviations);
+  });
+  return {mean, deviations};
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> axial_moments(const Tensor& y) {
   check_map("axial_moments", y);
   const Map map(y, follows_pixels(y));
   const int64_t batch = map.batch(), channels = map.channels(), height = map.height(),
-                width = map.width(), size = height * width;
+                width = map.width();
   const auto options = y.options().dtype(at::kFloat);
-  Tensor mean = at::empty({channels}, options), deviations = at::empty({channels}, options);
+  Tensor mean = at::zeros({channels}, options), deviations = at::zeros({channels}, options);
   Tensor row = at::empty({batch, channels, height}, options);
   Tensor column = at::empty({batch, channels, width}, options);
+  if (batch == 0) return {mean, deviations, row, column};
   float* to_mean = mean.mutable_data_ptr<float>();
   float* to_deviations = deviations.mutable_data_ptr<float>();
   float* to_row = row.mutable_data_ptr<float>();
   float* to_column = column.mutable_data_ptr<float>();
 
   SEAATTN_DISPATCH(y.scalar_type(), "axial_moments", [&] {
-    if (!map.pixels) {
-      at::parallel_for(0, channels, grain(batch * size), [&](int64_t begin, int64_t end) {
-        std::vector<float> run(width);
-        std::vector<double> total(width);
-        for (int64_t c = begin; c < end; ++c) {
-          double sum = 0.0, squares = 0.0;
-          for (int64_t b = 0; b < batch; ++b) {
-            const int64_t plane = b * channels + c;
-            float* rows = to_row + plane * height;
-            squeeze_plane(map.plane<scalar_t>(b, c).data, height, width, width, rows,
-                          to_column + plane * width, {run.data(), total.data()}, true);
-            for (int64_t i = 0; i < height; ++i) sum += rows[i];
-          }
-          to_mean[c] = static_cast<float>(sum / (batch * height));
-          for (int64_t b = 0; b < batch; ++b) {
-            squares += deviations_of_line(map.plane<scalar_t>(b, c).data, size, to_mean[c]);
-          }
-          to_deviations[c] = static_cast<float>(squares);
-        }
-      });
+    if (map.pixels) {
+      squeeze_map<scalar_t>(map, to_row, to_column, true);
+      moments_of_map<scalar_t>(map, to_mean, to_deviations);
       return;
     }
-    squeeze_map<scalar_t>(map, to_row, to_column, true);
-    const int64_t pixels = batch * size, tasks = (pixels + kPixels - 1) / kPixels;
-    std::vector<float> means(tasks * channels), squares(tasks * channels);
-    at::parallel_for(0, tasks, grain(kPixels * channels), [&](int64_t begin, int64_t end) {
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t first = task * kPixels;
-        moments_of_pixels(lines_of_pixels(map, std::min(kPixels, pixels - first)),
-                          map.from<scalar_t>(first), means.data() + task * channels,
-                          squares.data() + task * channels);
-      }
-    });
-    // Chan, Golub and LeVeque (1979).
-    std::vector<double> of_mean(channels), of_squares(channels);
-    for (int64_t task = 0; task < tasks; ++task) {
-      const double before = static_cast<double>(task * kPixels);
-      const double count = static_cast<double>(std::min(kPixels, pixels - task * kPixels));
-      const double share = count / (before + count);
-      for (int64_t c = 0; c < channels; ++c) {
-        const double difference = means[task * channels + c] - of_mean[c];
-        of_mean[c] += difference * share;
-        of_squares[c] += squares[task * channels + c] + difference * difference * before * share;
-      }
-    }
-    const double none = pixels == 0 ? std::numeric_limits<double>::quiet_NaN() : 0.0;
-    for (int64_t c = 0; c < channels; ++c) {
-      to_mean[c] = static_cast<float>(of_mean[c] + none);
-      to_deviations[c] = static_cast<float>(of_squares[c]);
-    }
+    const auto squeeze = [&](int64_t b, int64_t c) {
+      c10::SmallVector<float, 128> run(width);
+      c10::SmallVector<double, 128> total(width);
+      const int64_t plane = b * channels + c;
+      float* rows = to_row + plane * height;
+      squeeze_plane(map.plane<scalar_t>(b, c).data, height, width, width, rows,
+                    to_column + plane * width, {run.data(), total.data()}, true);
+      double sum = 0.0;
+      for (int64_t i = 0; i < height; ++i) sum += rows[i];
+      return sum * width;
+    };
+    moments_of_planes<scalar_t>(map, squeeze, to_mean, to_deviations);
   });
   return {mean, deviations, row, column};
 }
@@ -375,16 +462,16 @@ Tensor normalize_map(const char* name, const Tensor* gradient, const Tensor& y,
         [&](int64_t b, int64_t c) {
           Reader<const scalar_t> g = {nullptr, 0};
           if (upstream) g = upstream->plane<scalar_t>(b, c);
-          normalize_lines(lines_of_plane(map, axes.given), g, map.plane<scalar_t>(b, c),
-                          affine_at(constants, c), axes.plane<scalar_t>(b * map.channels() + c),
-                          act, negative, plane_of<scalar_t>(out, b, c));
+          const PlaneAxes added = axes.plane(b * map.channels() + c);
+          normalize_lines(added.lines, g, map.plane<scalar_t>(b, c), affine_at(constants, c),
+                          added.axes, act, negative, plane_of<scalar_t>(out, b, c));
         },
         [&](int64_t line) {
           const int64_t pixel = line * map.width();
           Reader<const scalar_t> g = {nullptr, 0};
           if (upstream) g = upstream->from<scalar_t>(pixel);
           normalize_lines(lines_of_pixels(map, map.width()), g, map.from<scalar_t>(pixel),
-                          affine_at(constants, 0), axes.line<scalar_t>(line), act, negative,
+                          affine_at(constants, 0), axes.line(line), act, negative,
                           pixels_of<scalar_t>(out, pixel));
         });
   });
@@ -443,18 +530,16 @@ Tensor normalize_sums(const Tensor& gradient, const Tensor& y, const Tensor& aff
     sums = sums_of<2>(
         map,
         [&](int64_t b, int64_t c, double* const* to) {
-          normalize_sums_lines(
-              lines_of_plane(map, in.axes.given), in.upstream.plane<scalar_t>(b, c),
-              map.plane<scalar_t>(b, c), affine_at(in.constants, c),
-              in.axes.plane<float>(b * map.channels() + c), in.activation, in.slope, to[0], to[1]);
+          const PlaneAxes added = in.axes.plane(b * map.channels() + c);
+          normalize_sums_lines(added.lines, in.upstream.plane<scalar_t>(b, c),
+                               map.plane<scalar_t>(b, c), affine_at(in.constants, c), added.axes,
+                               in.activation, in.slope, to[0], to[1]);
         },
         [&](int64_t line, int64_t first, int64_t count, float* const* to) {
           const int64_t pixel = line * map.width() + first;
-          Axes<float> axes = in.axes.line<float>(line);
-          if (axes.column) axes.column += first * map.channels();
           normalize_sums_lines(lines_of_pixels(map, count), in.upstream.from<scalar_t>(pixel),
-                               map.from<scalar_t>(pixel), affine_at(in.constants, 0), axes,
-                               in.activation, in.slope, to[0], to[1]);
+                               map.from<scalar_t>(pixel), affine_at(in.constants, 0),
+                               in.axes.line(line, first), in.activation, in.slope, to[0], to[1]);
         });
   });
   return sums;
@@ -471,18 +556,18 @@ Tensor normalize_backward(const Tensor& gradient, const Tensor& y, const Tensor&
     each(
         map,
         [&](int64_t b, int64_t c) {
-          normalize_backward_lines(lines_of_plane(map, in.axes.given),
-                                   in.upstream.plane<scalar_t>(b, c), map.plane<scalar_t>(b, c),
-                                   affine_at(in.constants, c), terms_at(terms, c),
-                                   in.axes.plane<float>(b * map.channels() + c), in.activation,
-                                   in.slope, plane_of<scalar_t>(out, b, c));
+          const PlaneAxes added = in.axes.plane(b * map.channels() + c);
+          normalize_backward_lines(added.lines, in.upstream.plane<scalar_t>(b, c),
+                                   map.plane<scalar_t>(b, c), affine_at(in.constants, c),
+                                   terms_at(terms, c), added.axes, in.activation, in.slope,
+                                   plane_of<scalar_t>(out, b, c));
         },
         [&](int64_t line) {
           const int64_t pixel = line * map.width();
           normalize_backward_lines(
               lines_of_pixels(map, map.width()), in.upstream.from<scalar_t>(pixel),
               map.from<scalar_t>(pixel), affine_at(in.constants, 0), terms_at(terms, 0),
-              in.axes.line<float>(line), in.activation, in.slope, pixels_of<scalar_t>(out, pixel));
+              in.axes.line(line), in.activation, in.slope, pixels_of<scalar_t>(out, pixel));
         });
   });
   return out;
@@ -523,7 +608,7 @@ Tensor normalize_gate(const Tensor& x, const Tensor& y, const Tensor& x_affine,
     each(
         map,
         [&](int64_t b, int64_t c) {
-          normalize_gate_lines(lines_of_plane(map, false), maps.plane<scalar_t>(b, c),
+          normalize_gate_lines(lines_of_plane(map), maps.plane<scalar_t>(b, c),
                                plane_of<scalar_t>(out, b, c));
         },
         [&](int64_t line) {
@@ -547,7 +632,7 @@ std::tuple<Tensor, Tensor> normalize_gate_sums(const Tensor& gradient, const Ten
     sums = sums_of<4>(
         map,
         [&](int64_t b, int64_t c, double* const* to) {
-          normalize_gate_sums_lines(lines_of_plane(map, false), upstream.plane<scalar_t>(b, c),
+          normalize_gate_sums_lines(lines_of_plane(map), upstream.plane<scalar_t>(b, c),
                                     maps.plane<scalar_t>(b, c), to);
         },
         [&](int64_t line, int64_t first, int64_t count, float* const* to) {
@@ -574,7 +659,7 @@ std::tuple<Tensor, Tensor> normalize_gate_backward(const Tensor& gradient, const
     each(
         map,
         [&](int64_t b, int64_t c) {
-          normalize_gate_backward_lines(lines_of_plane(map, false), upstream.plane<scalar_t>(b, c),
+          normalize_gate_backward_lines(lines_of_plane(map), upstream.plane<scalar_t>(b, c),
                                         maps.plane<scalar_t>(b, c), terms_at(of_x, c),
                                         terms_at(of_y, c), plane_of<scalar_t>(dx, b, c),
                                         plane_of<scalar_t>(dy, b, c));
@@ -590,9 +675,137 @@ std::tuple<Tensor, Tensor> normalize_gate_backward(const Tensor& gradient, const
   return {dx, dy};
 }
 
+// What one thread convolves in: copies of the map and of its gradient, and a line of outputs. Of
+// NHWC kChannels channels of each.
+struct Convolution {
+  Convolution(Plane plane_, bool pixels, bool backward) : plane(plane_) {
+    const int64_t lanes = pixels ? kChannels : 1;
+    padded.resize(plane.size() * lanes);
+    line.resize((plane.line() + kChannels) * lanes);
+    if (backward) gradient.resize(plane.size() * lanes);
+  }
+  Plane plane;
+  std::vector<float> padded, gradient, line;
+};
+
+// Nine weights a channel in float32: (C, 9), or (blocks, 9, kChannels) with zeros past C.
+Tensor taps_of(const char* name, const Tensor& weight, const Map& map) {
+  const int64_t channels = map.channels();
+  TORCH_CHECK(weight.sizes() == at::IntArrayRef({channels, 1, 3, 3}) &&
+                  weight.scalar_type() == map.tensor.scalar_type(),
+              name, ": weight must be (", channels, ", 1, 3, 3) of the dtype of the map, got ",
+              weight.sizes(), " ", weight.scalar_type());
+  const Tensor taps = weight.reshape({channels, 9}).to(at::kFloat).contiguous();
+  if (!map.pixels) return taps;
+  const int64_t blocks = (channels + kChannels - 1) / kChannels;
+  Tensor out = at::zeros({9, blocks * kChannels}, taps.options());
+  out.slice(1, 0, channels).copy_(taps.t());
+  return out.view({9, blocks, kChannels}).transpose(0, 1).contiguous();
+}
+
+// of_channels(b, c, count, scratch): of one channel, or of NHWC of up to kChannels of them.
+template <typename Channels>
+void convolve(const Map& map, bool backward, const Channels& of_channels) {
+  const int64_t channels = map.channels(), share = map.pixels ? kChannels : 1;
+  const int64_t blocks = (channels + share - 1) / share, size = map.height() * map.width();
+  at::parallel_for(0, map.batch() * blocks, grain(size * share), [&](int64_t begin, int64_t end) {
+    Convolution scratch({map.height(), map.width()}, map.pixels, backward);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t c = task % blocks * share;
+      of_channels(task / blocks, c, std::min(share, channels - c), scratch);
+    }
+  });
+}
+
+Tensor depthwise(const Tensor& y, const Tensor& affine, const Tensor& weight,
+                 const optional<Tensor>& bias) {
+  check_map("depthwise", y);
+  const Map map(y, follows_pixels(y));
+  const Tensor constants = vectors("depthwise", affine, 3, y);
+  const Tensor taps = taps_of("depthwise", weight, map);
+  const int64_t channels = map.channels(), size = map.height() * map.width();
+  Tensor start = at::zeros({channels + kChannels}, constants.options());
+  if (bias.has_value()) {
+    TORCH_CHECK(bias->sizes() == at::IntArrayRef({channels}), "depthwise: bias must be (", channels,
+                "), got ", bias->sizes());
+    start.slice(0, 0, channels).copy_(*bias);
+  }
+  const float* weights = taps.const_data_ptr<float>();
+  const float* starts = start.const_data_ptr<float>();
+  Tensor out = empty_map(y);
+  SEAATTN_DISPATCH(y.scalar_type(), "depthwise", [&] {
+    convolve(map, false, [&](int64_t b, int64_t c, int64_t count, Convolution& scratch) {
+      const Plane plane = scratch.plane;
+      float *padded = scratch.padded.data(), *line = scratch.line.data();
+      if (map.pixels) {
+        pad_channels(map.from<scalar_t>(b * size).data + c, map.step, count, plane,
+                     affine_at(constants, c), padded);
+        convolve_channels(padded, plane, weights + c * 9, starts + c, line);
+        take_channels(line, channels, count, plane, pixels_of<scalar_t>(out, b * size).data + c);
+      } else {
+        pad_plane(map.plane<scalar_t>(b, c).data, plane, affine_at(constants, c), padded);
+        convolve_plane(padded, plane, weights + c * 9, starts[c], line);
+        take_plane(line, plane, plane_of<scalar_t>(out, b, c).data);
+      }
+    });
+  });
+  return out;
+}
+
+std::tuple<Tensor, Tensor> depthwise_backward(const Tensor& gradient, const Tensor& y,
+                                              const Tensor& affine, const Tensor& weight) {
+  check_map("depthwise_backward", y);
+  check_like("depthwise_backward", gradient, y);
+  const Map map(y, follows_pixels(y)), upstream(gradient, map.pixels);
+  const Tensor constants = vectors("depthwise_backward", affine, 3, y);
+  const Tensor taps = taps_of("depthwise_backward", weight, map).flip(1);
+  const int64_t batch = map.batch(), channels = map.channels(), size = map.height() * map.width();
+  const float* weights = taps.const_data_ptr<float>();
+  const std::vector<float> none(kChannels);
+  // Of each image: their sum does not depend on who made them.
+  std::vector<double> sums(batch * channels * 9);
+  Tensor dn = empty_map(y);
+  SEAATTN_DISPATCH(y.scalar_type(), "depthwise_backward", [&] {
+    convolve(map, true, [&](int64_t b, int64_t c, int64_t count, Convolution& scratch) {
+      const Plane plane = scratch.plane;
+      float *padded = scratch.padded.data(), *line = scratch.line.data();
+      float* g = scratch.gradient.data();
+      double* to = sums.data() + (b * channels + c) * 9;
+      if (map.pixels) {
+        pad_channels(map.from<scalar_t>(b * size).data + c, map.step, count, plane,
+                     affine_at(constants, c), padded);
+        pad_channels(upstream.from<scalar_t>(b * size).data + c, upstream.step, count, plane,
+                     {nullptr, nullptr, nullptr}, g);
+        convolve_channels(g, plane, weights + c * 9, none.data(), line);
+        take_channels(line, channels, count, plane, pixels_of<scalar_t>(dn, b * size).data + c);
+        double found[9 * kChannels] = {};
+        correlate_channels(padded, g, plane, found);
+        for (int64_t k = 0; k < count; ++k) {
+          for (int64_t t = 0; t < 9; ++t) to[k * 9 + t] = found[t * kChannels + k];
+        }
+      } else {
+        pad_plane(map.plane<scalar_t>(b, c).data, plane, affine_at(constants, c), padded);
+        pad_plane(upstream.plane<scalar_t>(b, c).data, plane, {nullptr, nullptr, nullptr}, g);
+        convolve_plane(g, plane, weights + c * 9, 0.0f, line);
+        take_plane(line, plane, plane_of<scalar_t>(dn, b, c).data);
+        correlate_plane(padded, g, plane, to);
+      }
+    });
+  });
+  Tensor dweight = at::empty({channels, 1, 3, 3}, constants.options());
+  float* to = dweight.mutable_data_ptr<float>();
+  for (int64_t k = 0; k < channels * 9; ++k) {
+    double total = 0.0;
+    for (int64_t b = 0; b < batch; ++b) total += sums[b * channels * 9 + k];
+    to[k] = static_cast<float>(total);
+  }
+  return {dn, dweight.to(weight.scalar_type())};
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(seaattn_kernels, CPU, library) {
+  library.impl("moments.cpu", moments);
   library.impl("axial_moments.cpu", axial_moments);
   library.impl("normalize.cpu", normalize);
   library.impl("normalize_sums.cpu", normalize_sums);
@@ -601,6 +814,8 @@ TORCH_LIBRARY_IMPL(seaattn_kernels, CPU, library) {
   library.impl("normalize_gate.cpu", normalize_gate);
   library.impl("normalize_gate_sums.cpu", normalize_gate_sums);
   library.impl("normalize_gate_backward.cpu", normalize_gate_backward);
+  library.impl("depthwise.cpu", depthwise);
+  library.impl("depthwise_backward.cpu", depthwise_backward);
 }
 
 }  // namespace seaattn
