@@ -34,9 +34,7 @@ def _like(out: Tensor, y: Tensor) -> Tensor:
     """``out`` with its channels beside another where those of ``y``, whole or a slice of a
     channels_last map, are; contiguous otherwise."""
     pixels = y.stride(1) == 1 and not y.is_contiguous()
-    return out.contiguous(
-        memory_format=torch.channels_last if pixels else torch.contiguous_format
-    )
+    return out.contiguous(memory_format=torch.channels_last if pixels else torch.contiguous_format)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -45,22 +43,26 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def axial_moments(y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Mean and sum of squared deviations of each channel, means along W and along H.
+    """Mean and sum of squared deviations of each channel, mean deviations along W and along H.
 
     -> ``(C,), (C,), (B, C, H), (B, C, W)``. Deviations are from the mean itself: one pass over
-    squares would cancel where the mean is large.
+    squares would cancel where the mean is large, and so would an axial mean less the mean.
     """
-    y = y.to(wide(y.dtype))
-    row, column = y.mean(3), y.mean(2)
-    mean = row.mean((0, 2))
-    return mean, (y - mean[:, None, None]).square().sum(_MAP), row, column
+    mean = _mean(y)
+    deviation = y.to(mean.dtype) - mean[:, None, None]
+    return mean, deviation.square().sum(_MAP), deviation.mean(3), deviation.mean(2)
 
 
 def moments(y: Tensor) -> tuple[Tensor, Tensor]:
     """The first two of :func:`axial_moments`."""
-    y = y.to(wide(y.dtype))
-    mean = y.mean(_MAP)
-    return mean, (y - mean[:, None, None]).square().sum(_MAP)
+    mean = _mean(y)
+    return mean, (y.to(mean.dtype) - mean[:, None, None]).square().sum(_MAP)
+
+
+def _mean(y: Tensor) -> Tensor:
+    """Of each channel, to the last bit: the sum of a map rounds at its own size."""
+    mean = y.mean(_MAP, dtype=wide(y.dtype))
+    return mean + (y.to(mean.dtype) - mean[:, None, None]).mean(_MAP)
 
 
 def normalize(
@@ -72,8 +74,8 @@ def normalize(
     negative_slope: float,
 ) -> Tensor:
     """``act(n(y) + row[..., :, None] + column[..., None, :])``; row and column both or neither."""
-    mean, scale, shift = affine
-    n = F.batch_norm(y, mean, torch.ones_like(mean), scale, shift, training=False, eps=0.0)
+    mean, scale, shift = affine[..., None, None]
+    n = ((y.to(affine.dtype) - mean) * scale + shift).to(y.dtype)
     if row is not None and column is not None:
         n = n + (row[..., :, None] + column[..., None, :]).to(n.dtype)
     return _like(activate(n, activation, negative_slope), y)
@@ -172,9 +174,7 @@ def normalize_add_backward(
     return g, g.sum(3, dtype=affine.dtype), g.sum(2, dtype=affine.dtype)
 
 
-def normalize_gate(
-    x: Tensor, y: Tensor, x_affine: Tensor, y_affine: Tensor, hard: bool
-) -> Tensor:
+def normalize_gate(x: Tensor, y: Tensor, x_affine: Tensor, y_affine: Tensor, hard: bool) -> Tensor:
     """``h_sigmoid(n(x)) * n(y)``, or the true sigmoid; in the layout of x."""
     return _like(reference.gate(*_both(x, y, x_affine, y_affine), hard), x)
 

@@ -15,55 +15,49 @@ if TYPE_CHECKING:
 
 
 class Rule(NamedTuple):
-    """How the channels of one map are normalised; equal for all of the layers beside another."""
+    """How the channels of one map are normalised, by one layer or several side by side."""
 
     batch: bool  # by the statistics of the batch; else by constants
     eps: float
     group: "ProcessGroup | None"  # whose processes share the batch
+    layers: tuple[nn.Module, ...]  # none where nothing is normalised
 
 
-class Norms(NamedTuple):
-    """The layers that normalise one map, beside another on its channels."""
+class Affine(NamedTuple):
+    """The tensors of a rule, ``(C,)`` each, in float32 at least; gradients reach the layers."""
 
-    layers: tuple[nn.Module | None, ...]
-    rule: Rule
-    weight: Tensor | None  # (C,), as are the others
+    weight: Tensor | None
     bias: Tensor | None
-    mean: Tensor | None  # running statistics where the rule takes them
+    mean: Tensor | None  # running statistics, where the rule takes constants
     var: Tensor | None
 
-    @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        return self[2:]
 
+def gather(layers: Sequence[nn.Module | None], widths: Sequence[int]) -> tuple[Rule, Affine] | None:
+    """One rule for layers side by side, of so many channels each; None where theirs differ.
 
-def gather(layers: Sequence[nn.Module | None], widths: Sequence[int]) -> Norms | None:
-    """One description of the layers, None in place of one that is missing; None where they differ.
-
-    Tensors come in float32 at least; gradients go through to the layers.
+    A layer that is missing is None.
     """
     rules = {_rule(layer) for layer in layers}
     if len(rules) != 1:
         return None
     (rule,) = rules
     if layers[0] is None:
-        return Norms(tuple(layers), rule, None, None, None, None)
+        return rule, Affine(None, None, None, None)
     constant = not rule.batch
-    return Norms(
-        tuple(layers),
-        rule,
+    affine = Affine(
         _beside([layer.weight for layer in layers], widths, 1.0),
         _beside([layer.bias for layer in layers], widths, 0.0),
         _beside([layer.running_mean for layer in layers], widths, 0.0) if constant else None,
         _beside([layer.running_var for layer in layers], widths, 1.0) if constant else None,
     )
+    return rule._replace(layers=tuple(layers)), affine
 
 
 def _rule(layer: nn.Module | None) -> Rule:
     if layer is None:
-        return Rule(False, 0.0, None)
+        return Rule(False, 0.0, None, ())
     batch = layer.training or (layer.running_mean is None and layer.running_var is None)
-    return Rule(batch, layer.eps, _group(layer))
+    return Rule(batch, layer.eps, _group(layer), ())
 
 
 def _group(layer: nn.Module) -> "ProcessGroup | None":
@@ -103,16 +97,17 @@ def check_size(shape: Sequence[int], rule: Rule) -> None:
 
 def merge(
     mean: Tensor, deviations: Tensor, count: int, group: "ProcessGroup | None"
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor | int]:
     """Mean, biased variance and number of values a channel, over the processes of a group.
 
     From those of this process: mean, sum of squared deviations, count. The parts are merged as in
     Chan, Golub and LeVeque (1979), in float64, in the order of the ranks: every process gets the
-    same bits. Without a group there is no count.
+    same bits.
     """
     if group is None:
-        return mean, deviations / count, None
+        return mean, deviations / count, count
     own = torch.cat([mean, deviations, mean.new_full((1,), count)]).double()
+    own[: mean.shape[0]].nan_to_num_()  # the mean of no value
     parts = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size(group))]
     torch.distributed.all_gather(parts, own, group=group)
     channels = mean.shape[0]
@@ -133,31 +128,27 @@ def reduce(sums: Tensor, group: "ProcessGroup | None") -> Tensor:
 
 
 @torch.no_grad()
-def update(
-    norms: Norms, mean: Tensor | None, var: Tensor | None, count: Tensor | None, y: Tensor
-) -> None:
-    """Move the running averages towards the statistics of a map ``y``, as the layers would.
+def update(rule: Rule, mean: Tensor, var: Tensor, count: Tensor | int) -> None:
+    """Move the running averages towards the statistics of a batch, as the layers would.
 
-    By the unbiased variance. Nothing moves without statistics of a batch.
+    By the unbiased variance.
     """
-    if mean is None or var is None:
-        return
-    count = y.numel() // y.shape[1] if count is None else count
     start = 0
-    for layer in norms.layers:
-        width = layer.num_features
-        if layer.training and layer.track_running_stats:
-            factor = 0.0 if layer.momentum is None else layer.momentum
-            if layer.num_batches_tracked is not None:
-                layer.num_batches_tracked.add_(1)
-                if layer.momentum is None:
-                    factor = layer.num_batches_tracked.to(mean.dtype).reciprocal()
-            own = slice(start, start + width)
-            if layer.running_mean is not None:
-                unbiased = var[own] * (count / (count - 1))
-                _move(layer.running_mean, mean[own], factor)
-                _move(layer.running_var, unbiased, factor)
-        start += width
+    unbiased = None
+    for layer in rule.layers:
+        own = slice(start, start + layer.num_features)
+        start += layer.num_features
+        if not (layer.training and layer.track_running_stats):
+            continue
+        factor = 0.0 if layer.momentum is None else layer.momentum
+        if layer.num_batches_tracked is not None:
+            layer.num_batches_tracked.add_(1)
+            if layer.momentum is None:
+                factor = layer.num_batches_tracked.to(mean.dtype).reciprocal()
+        if layer.running_mean is not None:
+            unbiased = var * (count / (count - 1)) if unbiased is None else unbiased
+            _move(layer.running_mean, mean[own], factor)
+            _move(layer.running_var, unbiased[own].to(mean.dtype), factor)
 
 
 def _move(average: Tensor, value: Tensor, factor: float | Tensor) -> None:

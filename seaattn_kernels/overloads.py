@@ -44,7 +44,9 @@ SCHEMAS = {
     "moments": "(Tensor y) -> (Tensor, Tensor)",
     "axial_moments": "(Tensor y) -> (Tensor, Tensor, Tensor, Tensor)",
     "normalize": f"(Tensor y, Tensor affine, {_AXES}, {_ACTIVATION}) -> Tensor",
-    "normalize_sums": f"(Tensor gradient, Tensor y, Tensor affine, {_AXES}, {_ACTIVATION}) -> Tensor",
+    "normalize_sums": (
+        f"(Tensor gradient, Tensor y, Tensor affine, {_AXES}, {_ACTIVATION}) -> Tensor"
+    ),
     "normalize_backward": (
         f"(Tensor gradient, Tensor y, Tensor affine, Tensor terms, {_AXES}, {_ACTIVATION}) "
         "-> Tensor"
@@ -102,6 +104,7 @@ OPERATORS = {
         "broadcast_add",
         "gate",
         "sea_attention",
+        *STAGES,
     ),
     "cuda": (),
 }
@@ -236,6 +239,82 @@ def _triton_sea_attention(x, weights, *rest):
     return block.sea_attention(x, weights, *rest, reference.squeeze_first(h, w), out)
 
 
+def _triton_moments(y):
+    from seaattn_kernels.kernels import normalize
+
+    return normalize.moments(y)
+
+
+def _triton_axial_moments(y):
+    from seaattn_kernels.kernels import normalize
+
+    return normalize.axial_moments(y)
+
+
+def _triton_normalize(y, affine, *rest):
+    from seaattn_kernels.kernels import normalize
+
+    return normalize.normalize(y, affine.contiguous(), *rest, _like_pixels(y))
+
+
+def _triton_normalize_sums(gradient, y, affine, *rest):
+    from seaattn_kernels.kernels import normalize
+
+    return normalize.normalize_sums(gradient, y, affine.contiguous(), *rest)
+
+
+def _triton_normalize_backward(gradient, y, affine, terms, *rest):
+    from seaattn_kernels.kernels import normalize
+
+    affine, terms = affine.contiguous(), terms.contiguous()
+    return normalize.normalize_backward(gradient, y, affine, terms, *rest, _like_pixels(y))
+
+
+def _triton_normalize_add_backward(gradient, y, affine, *rest):
+    from seaattn_kernels.kernels import normalize
+
+    out = _like_pixels(y)
+    return normalize.normalize_add_backward(gradient, y, affine.contiguous(), *rest, out)
+
+
+def _triton_normalize_gate(x, y, x_affine, y_affine, hard):
+    from seaattn_kernels.kernels import normalize
+
+    affines = x_affine.contiguous(), y_affine.contiguous()
+    return normalize.normalize_gate(x, y, *affines, hard, _like_pixels(x))
+
+
+def _triton_normalize_gate_sums(gradient, x, y, x_affine, y_affine, hard):
+    from seaattn_kernels.kernels import normalize
+
+    affines = x_affine.contiguous(), y_affine.contiguous()
+    return normalize.normalize_gate_sums(gradient, x, y, *affines, hard)
+
+
+def _triton_normalize_gate_backward(gradient, x, y, *rest):
+    from seaattn_kernels.kernels import normalize
+
+    *vectors, hard = rest
+    vectors = [t.contiguous() for t in vectors]
+    out = _like_pixels(x), _like_pixels(y)
+    return normalize.normalize_gate_backward(gradient, x, y, *vectors, hard, *out)
+
+
+def _triton_depthwise(y, affine, weight, bias):
+    from seaattn_kernels.kernels import depthwise
+
+    affine, weight = affine.contiguous(), weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    return depthwise.depthwise(y, affine, weight, bias, _like_pixels(y))
+
+
+def _triton_depthwise_backward(gradient, y, affine, weight):
+    from seaattn_kernels.kernels import depthwise
+
+    affine, weight = affine.contiguous(), weight.contiguous()
+    return depthwise.depthwise_backward(gradient, y, affine, weight, _like_pixels(y))
+
+
 _TRITON = {
     "axial_squeeze": _triton_axial_squeeze,
     "axial_squeeze_backward": _triton_axial_squeeze_backward,
@@ -246,6 +325,17 @@ _TRITON = {
     "gate": _triton_gate,
     "gate_backward": _triton_gate_backward,
     "sea_attention": _triton_sea_attention,
+    "moments": _triton_moments,
+    "axial_moments": _triton_axial_moments,
+    "normalize": _triton_normalize,
+    "normalize_sums": _triton_normalize_sums,
+    "normalize_backward": _triton_normalize_backward,
+    "normalize_add_backward": _triton_normalize_add_backward,
+    "normalize_gate": _triton_normalize_gate,
+    "normalize_gate_sums": _triton_normalize_gate_sums,
+    "normalize_gate_backward": _triton_normalize_gate_backward,
+    "depthwise": _triton_depthwise,
+    "depthwise_backward": _triton_depthwise_backward,
 }
 
 
@@ -256,6 +346,13 @@ def _like_map(v, *rest):
     """An empty map in the layout that an operator gives to one of this layout."""
     layout = torch.channels_last if reference.is_channels_last(v) else torch.contiguous_format
     return torch.empty(v.shape, dtype=v.dtype, device=v.device, memory_format=layout)
+
+
+def _like_pixels(y, *rest):
+    """As :func:`_like_map` for a stage, which takes slices of channels_last maps for such maps."""
+    pixels = y.stride(1) == 1 and not y.is_contiguous()
+    layout = torch.channels_last if pixels else torch.contiguous_format
+    return torch.empty(y.shape, dtype=y.dtype, device=y.device, memory_format=layout)
 
 
 def _fake_axial_squeeze(x):
@@ -289,6 +386,30 @@ def _fake_gate_backward(gradient, x, y, hard):
     return _like_map(x), _like_map(x)
 
 
+def _fake_moments(y):
+    dtype = normalized.wide(y.dtype)
+    return tuple(torch.empty(y.shape[1], dtype=dtype, device=y.device) for _ in range(2))
+
+
+def _fake_axial_moments(y):
+    b, c, h, w = y.shape
+    mean, deviations = _fake_moments(y)
+    return mean, deviations, mean.new_empty(b, c, h), mean.new_empty(b, c, w)
+
+
+def _fake_sums(affine):
+    return affine.new_empty(2, affine.shape[1])
+
+
+def _fake_normalize_add_backward(gradient, y, affine, row, column, *rest):
+    return _like_pixels(y), affine.new_empty(row.shape), affine.new_empty(column.shape)
+
+
+def _fake_depthwise_backward(gradient, y, affine, weight):
+    dweight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+    return _like_pixels(y), dweight
+
+
 _FAKES = {
     "axial_squeeze": _fake_axial_squeeze,
     "axial_squeeze_backward": _fake_axial_squeeze_backward,
@@ -299,6 +420,17 @@ _FAKES = {
     "gate": _like_map,
     "gate_backward": _fake_gate_backward,
     "sea_attention": _like_map,
+    "moments": _fake_moments,
+    "axial_moments": _fake_axial_moments,
+    "normalize": _like_pixels,
+    "normalize_sums": lambda gradient, y, affine, *rest: _fake_sums(affine),
+    "normalize_backward": lambda gradient, y, *rest: _like_pixels(y),
+    "normalize_add_backward": _fake_normalize_add_backward,
+    "normalize_gate": _like_pixels,
+    "normalize_gate_sums": lambda gradient, x, y, *rest: tuple(map(_fake_sums, rest[:2])),
+    "normalize_gate_backward": lambda gradient, x, y, *rest: (_like_pixels(x), _like_pixels(y)),
+    "depthwise": _like_pixels,
+    "depthwise_backward": _fake_depthwise_backward,
 }
 
 

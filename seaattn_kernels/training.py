@@ -23,7 +23,7 @@ from torch import Tensor
 from seaattn_kernels import norms, ops, reference
 from seaattn_kernels.anatomy import Anatomy, ConvNorm, Obstacle
 from seaattn_kernels.checks import activation_code, autocast_dtype, autocast_off
-from seaattn_kernels.norms import Norms, Rule
+from seaattn_kernels.norms import Affine, Rule
 
 
 class _Settings(NamedTuple):
@@ -52,7 +52,7 @@ _AS_IT_IS = (activation_code("identity"), 0.0)
 def forward(block: Anatomy, x: Tensor, backend: str) -> Tensor:
     """The forward of a block, differentiable in ``x`` and in the parameters of its layers.
 
-    Statistics of a batch move the running averages, once a call. Under autocast products, maps and
+    Statistics of a batch move the running averages of the layers. Under autocast products, maps and
     attention are in its dtype; statistics are float32 at least.
 
     Raises:
@@ -69,31 +69,30 @@ def forward(block: Anatomy, x: Tensor, backend: str) -> Tensor:
         block.negative_slope,
         bool(block.hard),
     )
-    projected = _norms(q, k, v)
-    norms.check_size(x.shape, projected.rule)
     with autocast_off(x.device):
-        y, row, column, affine, *found = _Project.apply(
-            x.to(kind), *_product(kind, q, k, v), *projected.tensors, projected.rule, settings
+        rule, affine = _norm(q, k, v)
+        norms.check_size(x.shape, rule)
+        y, row, column, affine = _Project.apply(
+            x.to(kind), *_product(kind, q, k, v), *affine, rule, settings
         )
-        norms.update(projected, *found, y)
     row, column = ops.axial_attention_pair(
         row, column, block.tables, block.heads, block.key_dim, block.scale, backend
     )
     row = _encode(block, row_encode, row[..., :, None], settings)[..., 0]
     column = _encode(block, column_encode, column[..., None, :], settings)[..., 0, :]
-    layers = [(layer, _norms(layer)) for layer in (*others, proj)]
-    tensors = [t for layer, norm in layers for t in (*_product(kind, layer), *norm.tensors)]
     with autocast_off(x.device):
-        out, *found = _Mix.apply(
-            y, affine, row.to(kind), column.to(kind), *tensors,
-            tuple(norm.rule for _, norm in layers), settings,
-        )  # fmt: skip
-        for index, (_, norm) in enumerate(layers):
-            norms.update(norm, *found[3 * index : 3 * index + 3], out)
-    return out
+        tensors: list[Tensor | None] = []
+        rules = []
+        for layer in (*others, proj):
+            rule, of_norm = _norm(layer)
+            tensors += (*_product(kind, layer), *of_norm)
+            rules.append(rule)
+        return _Mix.apply(
+            y, affine, row.to(kind), column.to(kind), *tensors, tuple(rules), settings
+        )
 
 
-def _norms(*layers: ConvNorm) -> Norms:
+def _norm(*layers: ConvNorm) -> tuple[Rule, Affine]:
     """Of convolutions side by side."""
     found = norms.gather(
         [layer.norm for layer in layers], [layer.conv.weight.shape[0] for layer in layers]
@@ -122,13 +121,9 @@ def _encode(block: Anatomy, layer: ConvNorm, x: Tensor, settings: _Settings) -> 
     x = layer.conv(reference.activate(x, block.activation, block.negative_slope))
     if layer.norm is None:
         return x
-    norm = _norms(layer)
-    if norm.rule.group is None:
-        return layer.norm(x)
+    rule, affine = _norm(layer)
     # torch's own SyncBatchNorm takes no tensors of a CPU.
-    out, *found = _SyncNorm.apply(x, *norm.tensors, norm.rule, settings)
-    norms.update(norm, *found, x)
-    return out
+    return layer.norm(x) if rule.group is None else _SyncNorm.apply(x, *affine, rule, settings)
 
 
 # --- a BatchNorm that is pending -------------------------------------------------------------
@@ -169,15 +164,14 @@ class _Pending(NamedTuple):
 
 def _settle(
     y: Tensor, layer: _Layer, rule: Rule, settings: _Settings, moments: Sequence[Tensor] = ()
-) -> tuple[_Pending, tuple[Tensor | None, ...]]:
-    """The pending norm of a map, and its statistics if they are the batch's."""
-    statistics: tuple[Tensor | None, ...] = (None, None, None)
-    mean, var = layer.mean, layer.var
+) -> _Pending:
+    """The pending norm of a map; statistics of the batch move the running averages."""
+    mean, var, count = layer.mean, layer.var, None
     if rule.batch:
         mean, deviations = moments or settings.stage("moments")(y)
-        count = y.numel() // y.shape[1]
-        mean, var, _ = statistics = norms.merge(mean, deviations, count, rule.group)
-    if mean is None:
+        mean, var, count = norms.merge(mean, deviations, y.numel() // y.shape[1], rule.group)
+        norms.update(rule, mean, var, count)
+    if mean is None or var is None:
         kind = torch.promote_types(y.dtype, torch.float32)
         mean = torch.zeros(y.shape[1], dtype=kind, device=y.device)
         inverse = torch.ones_like(mean)
@@ -185,7 +179,8 @@ def _settle(
         inverse = (var + rule.eps).rsqrt()
     scale = inverse if layer.norm_weight is None else inverse * layer.norm_weight
     shift = torch.zeros_like(mean) if layer.norm_bias is None else layer.norm_bias
-    return _Pending(y, torch.stack([mean, scale, shift]), inverse, statistics[2]), statistics
+    affine = torch.stack([mean, scale, shift])
+    return _Pending(y, affine, inverse, count if isinstance(count, Tensor) else None)
 
 
 def _product_backward(
@@ -214,14 +209,14 @@ class _Project(torch.autograd.Function):
         layer = _Layer(*tensors)
         y = F.conv2d(x, layer.weight, layer.bias)
         *moments, row, column = settings.stage("axial_moments")(y)
-        pending, statistics = _settle(y, layer, rule, settings, moments)
+        pending = _settle(y, layer, rule, settings, moments)
         ctx.save_for_backward(x, *layer, *pending)
         ctx.rule, ctx.settings = rule, settings
         mean, scale, shift = pending.affine[..., None]
-        row, column = (((t - mean) * scale + shift).to(y.dtype) for t in (row, column))
-        constants = (pending.affine, *statistics)
-        ctx.mark_non_differentiable(*(t for t in constants if t is not None))
-        return y, row, column, *constants
+        offset = moments[0][:, None] - mean
+        row, column = (((t + offset) * scale + shift).to(y.dtype) for t in (row, column))
+        ctx.mark_non_differentiable(pending.affine)
+        return y, row, column, pending.affine
 
     @staticmethod
     def backward(ctx, gradient, row, column, *_):
@@ -255,12 +250,10 @@ class _Mix(torch.autograd.Function):
     def forward(ctx, y, affine, row, column, *rest):
         *tensors, rules, settings = rest
         layers = _layers(tensors)
-        settled = []
 
         def settle(index: int, y: Tensor) -> _Pending:
             norms.check_size(y.shape, rules[index])
-            settled.append(_settle(y, layers[index], rules[index], settings))
-            return settled[-1][0]
+            return _settle(y, layers[index], rules[index], settings)
 
         normalize = settings.stage("normalize")
         local = settle(0, settings.stage("depthwise")(y, affine, *layers[0][:2]))
@@ -272,16 +265,12 @@ class _Mix(torch.autograd.Function):
         out = settings.stage("normalize_gate")(
             weight.y, detail.y, weight.affine, detail.affine, settings.hard
         )
-        ctx.save_for_backward(
-            y, affine, row, column, *tensors, *(t for pending, _ in settled for t in pending)
-        )
+        ctx.save_for_backward(y, affine, row, column, *tensors, *local, *detail, *weight)
         ctx.rules, ctx.settings = rules, settings
-        statistics = [t for _, statistics in settled for t in statistics]
-        ctx.mark_non_differentiable(*(t for t in statistics if t is not None))
-        return out, *statistics
+        return out
 
     @staticmethod
-    def backward(ctx, gradient, *_):
+    def backward(ctx, gradient):
         y, affine, row, column, *rest = ctx.saved_tensors
         tensors, kept = rest[:18], rest[18:]
         rules, settings = ctx.rules, ctx.settings
@@ -344,15 +333,13 @@ class _SyncNorm(torch.autograd.Function):
     def forward(ctx, y, *rest):
         *tensors, rule, settings = rest
         layer = _Layer(y, None, *tensors)
-        pending, statistics = _settle(y, layer, rule, settings)
+        pending = _settle(y, layer, rule, settings)
         ctx.save_for_backward(*tensors, *pending)
         ctx.rule, ctx.settings = rule, settings
-        ctx.mark_non_differentiable(*(t for t in statistics if t is not None))
-        out = settings.stage("normalize")(y, pending.affine, None, None, *_AS_IT_IS)
-        return out, *statistics
+        return settings.stage("normalize")(y, pending.affine, None, None, *_AS_IT_IS)
 
     @staticmethod
-    def backward(ctx, gradient, *_):
+    def backward(ctx, gradient):
         tensors, pending = ctx.saved_tensors[:4], _Pending(*ctx.saved_tensors[4:])
         if _differentiated():
             raise RuntimeError(_NO_SECOND)
@@ -418,7 +405,7 @@ def _mix(y: Tensor, affine: Tensor, row: Tensor, column: Tensor, *rest) -> tuple
 
 
 class _Normalized(torch.autograd.Function):
-    """The normalised map for the raw one of :class:`_Project`, which takes its gradient as it is."""
+    """The normalised map for the raw one of :class:`_Project`, which takes its gradient."""
 
     @staticmethod
     def forward(ctx, y, affine):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import seaattn_kernels
-from seaattn_kernels import SeaAttention, budget, module, ops, reference, verify
+from seaattn_kernels import SeaAttention, budget, ops, reference, verify
 from seaattn_kernels.layers import make_activation, make_norm
 
 
@@ -383,20 +383,6 @@ def test_trains_compiled_on_the_operators_of_a_cpu(library):
             torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_gradients_of_queries_and_keys_are_dense(layout):
-    """A BatchNorm's backward is several times slower for a slice."""
-    maps = [torch.randn(2, c, 3, 5, dtype=torch.float64) for c in (4, 4, 8)]
-    q, k, v = (t.contiguous(memory_format=layout).requires_grad_() for t in maps)
-    out = module._Concatenate.apply(q, k, v)
-    assert torch.equal(out, torch.cat([q, k, v], dim=1))
-    upstream = torch.randn(2, 16, 3, 5, dtype=torch.float64).contiguous(memory_format=layout)
-    gradients = torch.autograd.grad(out, (q, k, v), upstream)
-    assert torch.equal(torch.cat(gradients, dim=1), upstream)
-    assert all(g.is_contiguous(memory_format=layout) for g in gradients[:2])
-    assert torch.autograd.gradgradcheck(module._Concatenate.apply, (q, k, v))
-
-
 def test_second_derivative_is_the_references():
     block = make(activation="silu", dtype=torch.float64)
     x = torch.randn(2, 16, 4, 5, dtype=torch.float64, requires_grad=True)
@@ -460,15 +446,30 @@ def test_checkpointing_recomputes_the_same():
         torch.testing.assert_close(found[name], value, rtol=0, atol=1e-12)
 
 
-def test_auto_uses_the_operators_in_training(monkeypatch):
+def test_auto_uses_the_operators_in_training(library, monkeypatch):
     called = []
-    for name in ("axial_squeeze", "axial_attention_pair", "broadcast_add", "gate"):
-        function = getattr(ops, name)
 
-        def wrapper(*args, _name=name, _function=function, **kwargs):
-            called.append(_name)
-            return _function(*args, **kwargs)
+    def counted(name, overload):
+        def call(*arguments):
+            called.append(name)
+            return overload(*arguments)
 
-        monkeypatch.setattr(ops, name, wrapper)
-    make()(torch.randn(2, 16, 4, 5))
-    assert called == ["axial_squeeze", "axial_attention_pair", "broadcast_add", "gate"]
+        return call
+
+    for name in ops.OPERATORS["cpu"]:
+        own = counted(name, ops.OVERLOADS[name]["cpu"])
+        monkeypatch.setitem(ops.OVERLOADS, name, {**ops.OVERLOADS[name], "cpu": own})
+    x = torch.randn(2, 16, 4, 5, requires_grad=True)
+    out = make()(x)
+    assert called == [
+        "axial_moments", "axial_attention_pair",
+        "depthwise", "moments", "normalize", "moments", "normalize", "moments", "normalize_gate",
+    ]  # fmt: skip
+    called.clear()
+    out.sum().backward()
+    assert called == [
+        "normalize_gate_sums", "normalize_gate_backward",
+        "normalize", "normalize_sums", "normalize_backward", "depthwise_backward",
+        "normalize", "normalize_add_backward",
+        "normalize_sums", "normalize_backward",
+    ]  # fmt: skip

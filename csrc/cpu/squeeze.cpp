@@ -35,8 +35,8 @@ SEAATTN_INLINE T rounded(double sum, double reciprocal) {
 // Adds `kRows` rows to `run`, so that it is read and written once for all of them, and their own
 // sums to `sums`.
 template <int kRows, typename T>
-SEAATTN_INLINE void add_rows(const T* x, int64_t row_stride, int64_t width, float* run,
-                             double* sums) {
+SEAATTN_INLINE void add_rows(const T* x, int64_t row_stride, int64_t width, float offset,
+                             float* run, double* sums) {
   for (int64_t begin = 0; begin < width; begin += kRunOfElements) {
     const int64_t end = std::min(begin + kRunOfElements, width);
     Lanes parts[kRows] = {};
@@ -44,7 +44,7 @@ SEAATTN_INLINE void add_rows(const T* x, int64_t row_stride, int64_t width, floa
     for (; j + kLanes <= end; j += kLanes) {
       Lanes of_columns = load(run + j);
       for (int r = 0; r < kRows; ++r) {
-        const Lanes values = load(x + r * row_stride + j);
+        const Lanes values = load(x + r * row_stride + j) - offset;
         parts[r] += values;
         of_columns += values;
       }
@@ -53,7 +53,7 @@ SEAATTN_INLINE void add_rows(const T* x, int64_t row_stride, int64_t width, floa
     for (int r = 0; r < kRows; ++r) {
       float tail = 0.0f;
       for (int64_t t = j; t < end; ++t) {
-        const float value = widen(x[r * row_stride + t]);
+        const float value = widen(x[r * row_stride + t]) - offset;
         tail += value;
         run[t] += value;
       }
@@ -68,7 +68,7 @@ SEAATTN_INLINE void add_rows(const T* x, int64_t row_stride, int64_t width, floa
 template <typename T, typename Mean>
 SEAATTN_INLINE void squeeze_plane_body(const T* x, int64_t height, int64_t width,
                                        int64_t row_stride, Mean* row, Mean* column,
-                                       SqueezeScratch scratch, bool mean) {
+                                       SqueezeScratch scratch, bool mean, float offset) {
   constexpr int kRows = 4;
   const double per_width = mean ? 1.0 / width : 1.0, per_height = mean ? 1.0 / height : 1.0;
   float* run = scratch.run;
@@ -80,12 +80,12 @@ SEAATTN_INLINE void squeeze_plane_body(const T* x, int64_t height, int64_t width
     int64_t i = first;
     for (; i + kRows <= last; i += kRows) {
       double sums[kRows] = {};
-      add_rows<kRows>(x + i * row_stride, row_stride, width, run, sums);
+      add_rows<kRows>(x + i * row_stride, row_stride, width, offset, run, sums);
       for (int r = 0; r < kRows; ++r) row[i + r] = rounded<Mean>(sums[r], per_width);
     }
     for (; i < last; ++i) {
       double sum = 0.0;
-      add_rows<1>(x + i * row_stride, row_stride, width, run, &sum);
+      add_rows<1>(x + i * row_stride, row_stride, width, offset, run, &sum);
       row[i] = rounded<Mean>(sum, per_width);
     }
     for (int64_t j = 0; j < width; ++j) total[j] += run[j];
@@ -96,7 +96,9 @@ SEAATTN_INLINE void squeeze_plane_body(const T* x, int64_t height, int64_t width
 template <typename T, typename Mean>
 SEAATTN_INLINE void squeeze_channels_body(const T* x, int64_t height, int64_t width,
                                           int64_t channels, int64_t stride, Mean* row, Mean* column,
-                                          SqueezeScratch scratch, bool mean) {
+                                          SqueezeScratch scratch, bool mean, const float* offset) {
+  float less[kChannelBlock] = {};
+  if (offset) std::copy(offset, offset + channels, less);
   const int64_t line_size = width * channels;
   const double per_width = mean ? 1.0 / width : 1.0, per_height = mean ? 1.0 / height : 1.0;
   float* run = scratch.run;
@@ -115,7 +117,7 @@ SEAATTN_INLINE void squeeze_channels_body(const T* x, int64_t height, int64_t wi
           float* of_column = run + j * channels;
 #pragma omp simd
           for (int64_t c = 0; c < channels; ++c) {
-            const float value = widen(pixel[c]);
+            const float value = widen(pixel[c]) - less[c];
             part[c] += value;
             of_column[c] += value;
           }
@@ -163,18 +165,18 @@ SEAATTN_INLINE void spread_line_body(const T* row, const T* column, int64_t heig
 }  // namespace
 
 // Clones need functions that are no templates: one set for each dtype.
-#define SEAATTN_SQUEEZE(T, Mean)                                                             \
-  template <>                                                                                \
-  SEAATTN_CLONES void squeeze_plane<T>(const T* x, int64_t height, int64_t width,            \
-                                       int64_t row_stride, Mean* row, Mean* column,          \
-                                       SqueezeScratch scratch, bool mean) {                  \
-    squeeze_plane_body(x, height, width, row_stride, row, column, scratch, mean);            \
-  }                                                                                          \
-  template <>                                                                                \
-  SEAATTN_CLONES void squeeze_channels<T>(const T* x, int64_t height, int64_t width,         \
-                                          int64_t channels, int64_t stride, Mean* row,       \
-                                          Mean* column, SqueezeScratch scratch, bool mean) { \
-    squeeze_channels_body(x, height, width, channels, stride, row, column, scratch, mean);   \
+#define SEAATTN_SQUEEZE(T, Mean)                                                                   \
+  template <>                                                                                      \
+  SEAATTN_CLONES void squeeze_plane<T>(const T* x, int64_t height, int64_t width,                  \
+                                       int64_t row_stride, Mean* row, Mean* column,                \
+                                       SqueezeScratch scratch, bool mean, float offset) {          \
+    squeeze_plane_body(x, height, width, row_stride, row, column, scratch, mean, offset);          \
+  }                                                                                                \
+  template <>                                                                                      \
+  SEAATTN_CLONES void squeeze_channels<T>(                                                         \
+      const T* x, int64_t height, int64_t width, int64_t channels, int64_t stride, Mean* row,      \
+      Mean* column, SqueezeScratch scratch, bool mean, const float* offset) {                      \
+    squeeze_channels_body(x, height, width, channels, stride, row, column, scratch, mean, offset); \
   }
 #define SEAATTN_SPREAD(T)                                                                          \
   template <>                                                                                      \

@@ -22,18 +22,19 @@ struct SqueezeScratch {
   double* total;
 };
 
-// One plane: `height` rows of `width` adjacent elements, `row_stride` elements apart. `scratch`
-// holds `width` numbers of each kind.
+// One plane: `height` rows of `width` adjacent elements, `row_stride` elements apart, each less
+// `offset`. `scratch` holds `width` numbers of each kind.
 template <typename T, typename Mean>
 void squeeze_plane(const T* x, int64_t height, int64_t width, int64_t row_stride, Mean* row,
-                   Mean* column, SqueezeScratch scratch, bool mean = true);
+                   Mean* column, SqueezeScratch scratch, bool mean = true, float offset = 0.0f);
 
 // `channels` <= kChannelBlock adjacent channels of an NHWC image that has `stride` of them.
 // row is (channels, height), column (channels, width). `scratch` holds width * channels numbers of
-// each kind.
+// each kind. Each element less that of its channel in `offset`, if there is one.
 template <typename T, typename Mean>
 void squeeze_channels(const T* x, int64_t height, int64_t width, int64_t channels, int64_t stride,
-                      Mean* row, Mean* column, SqueezeScratch scratch, bool mean = true);
+                      Mean* row, Mean* column, SqueezeScratch scratch, bool mean = true,
+                      const float* offset = nullptr);
 
 // The adjoint of one plane, one write: grad[i, j] = row[i] / width + column[j] / height.
 template <typename T>

@@ -298,9 +298,10 @@ Tensor sums_of(const Map& map, const Plane& of_plane, const Pixels& of_pixels) {
   return out;
 }
 
-// Means, or sums, of float32 along the rows and columns of a map.
+// Means, or sums, of float32 along the rows and columns of a map less what is given a channel.
 template <typename T>
-void squeeze_map(const Map& map, float* row, float* column, bool mean) {
+void squeeze_map(const Map& map, float* row, float* column, bool mean,
+                 const float* offset = nullptr) {
   const int64_t channels = map.channels(), height = map.height(), width = map.width();
   const int64_t blocks = (channels + kChannelBlock - 1) / kChannelBlock;
   const int64_t block = std::min(kChannelBlock, channels);
@@ -316,10 +317,11 @@ void squeeze_map(const Map& map, float* row, float* column, bool mean) {
         const int64_t b = task / blocks, c = task % blocks * kChannelBlock, at = b * channels + c;
         squeeze_channels(map.from<T>(b * height * width).data + c, height, width,
                          std::min(kChannelBlock, channels - c), map.step, row + at * height,
-                         column + at * width, scratch, mean);
+                         column + at * width, scratch, mean, offset ? offset + c : nullptr);
       } else {
         squeeze_plane(map.plane<T>(task / channels, task % channels).data, height, width, width,
-                      row + task * height, column + task * width, scratch, mean);
+                      row + task * height, column + task * width, scratch, mean,
+                      offset ? offset[task % channels] : 0.0f);
       }
     }
   });
@@ -356,14 +358,16 @@ void moments_of_map(const Map& map, float* mean, float* deviations) {
   }
 }
 
-// Those of an NCHW map. of_plane(b, c) sums one plane up.
-template <typename T, typename Sum>
-void moments_of_planes(const Map& map, const Sum& of_plane, float* mean, float* deviations) {
+// Those of an NCHW map.
+template <typename T>
+void moments_of_planes(const Map& map, float* mean, float* deviations) {
   const int64_t batch = map.batch(), size = map.height() * map.width();
   each_group(map, [&](int64_t first, int64_t last) {
     double totals[kGroup] = {};
     for (int64_t b = 0; b < batch; ++b) {
-      for (int64_t c = first; c < last; ++c) totals[c - first] += of_plane(b, c);
+      for (int64_t c = first; c < last; ++c) {
+        totals[c - first] += sum_of_line(map.plane<T>(b, c).data, size);
+      }
     }
     for (int64_t c = first; c < last; ++c) {
       mean[c] = static_cast<float>(totals[c - first] / (batch * size));
@@ -389,50 +393,21 @@ std::tuple<Tensor, Tensor> moments(const Tensor& y) {
   SEAATTN_DISPATCH(y.scalar_type(), "moments", [&] {
     if (map.pixels) {
       moments_of_map<scalar_t>(map, to_mean, to_deviations);
-      return;
+    } else {
+      moments_of_planes<scalar_t>(map, to_mean, to_deviations);
     }
-    const int64_t size = map.height() * map.width();
-    const auto sum = [&](int64_t b, int64_t c) {
-      return sum_of_line(map.plane<scalar_t>(b, c).data, size);
-    };
-    moments_of_planes<scalar_t>(map, sum, to_mean, to_deviations);
   });
   return {mean, deviations};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> axial_moments(const Tensor& y) {
-  check_map("axial_moments", y);
-  const Map map(y, follows_pixels(y));
-  const int64_t batch = map.batch(), channels = map.channels(), height = map.height(),
-                width = map.width();
+  auto [mean, deviations] = moments(y);
   const auto options = y.options().dtype(at::kFloat);
-  Tensor mean = at::zeros({channels}, options), deviations = at::zeros({channels}, options);
-  Tensor row = at::empty({batch, channels, height}, options);
-  Tensor column = at::empty({batch, channels, width}, options);
-  if (batch == 0) return {mean, deviations, row, column};
-  float* to_mean = mean.mutable_data_ptr<float>();
-  float* to_deviations = deviations.mutable_data_ptr<float>();
-  float* to_row = row.mutable_data_ptr<float>();
-  float* to_column = column.mutable_data_ptr<float>();
-
+  Tensor row = at::empty({y.size(0), y.size(1), y.size(2)}, options);
+  Tensor column = at::empty({y.size(0), y.size(1), y.size(3)}, options);
   SEAATTN_DISPATCH(y.scalar_type(), "axial_moments", [&] {
-    if (map.pixels) {
-      squeeze_map<scalar_t>(map, to_row, to_column, true);
-      moments_of_map<scalar_t>(map, to_mean, to_deviations);
-      return;
-    }
-    const auto squeeze = [&](int64_t b, int64_t c) {
-      c10::SmallVector<float, 128> run(width);
-      c10::SmallVector<double, 128> total(width);
-      const int64_t plane = b * channels + c;
-      float* rows = to_row + plane * height;
-      squeeze_plane(map.plane<scalar_t>(b, c).data, height, width, width, rows,
-                    to_column + plane * width, {run.data(), total.data()}, true);
-      double sum = 0.0;
-      for (int64_t i = 0; i < height; ++i) sum += rows[i];
-      return sum * width;
-    };
-    moments_of_planes<scalar_t>(map, squeeze, to_mean, to_deviations);
+    squeeze_map<scalar_t>(Map(y, follows_pixels(y)), row.mutable_data_ptr<float>(),
+                          column.mutable_data_ptr<float>(), true, mean.const_data_ptr<float>());
   });
   return {mean, deviations, row, column};
 }
