@@ -122,7 +122,7 @@ def reduce(sums: Tensor, group: "ProcessGroup | None") -> Tensor:
     """The sums over the processes of a group; ``sums`` stays what it is."""
     if group is None:
         return sums
-    total = sums.double()
+    total = sums.to(torch.float64, copy=True)
     torch.distributed.all_reduce(total, group=group)
     return total.to(sums.dtype)
 

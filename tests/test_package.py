@@ -18,12 +18,14 @@ DOWNWARD = {
     "seaformer": {"layers", "module"},
     "patch": {"anatomy", "checks", "fold", "module", "ops", "probe", "report"},
     "probe": {"anatomy", "budget", "fold", "module"},
-    "module": {"anatomy", "checks", "ops", "fold", "layers", "reference"},
+    "module": {"anatomy", "checks", "ops", "fold", "layers", "reference", "training"},
+    "training": {"anatomy", "checks", "norms", "ops", "reference"},
     "fold": {"anatomy", "reference"},
     "anatomy": {"layers"},
     "report": {"budget"},
     "ops": {"checks", "crossover", "native", "overloads", "reference"},
-    "overloads": {"kernels", "reference"},
+    "overloads": {"kernels", "normalized", "reference"},
+    "normalized": {"reference"},
     "checks": {"reference"},
 }
 
