@@ -11,6 +11,7 @@
 #include <cstdlib>
 #include <limits>
 #include <memory>
+#include <numeric>
 #include <random>
 #include <thread>
 #include <vector>
@@ -18,8 +19,10 @@
 #include "axial_attention.h"
 #include "block.h"
 #include "broadcast_add.h"
+#include "depthwise.h"
 #include "elementwise.h"
 #include "gate.h"
+#include "normalize.h"
 #include "squeeze.h"
 
 using namespace seaattn;
@@ -414,6 +417,108 @@ bool elementwise(int64_t channels, int64_t height, int64_t width) {
   return right;
 }
 
+// Maps whose BatchNorm is pending: one plane of NCHW, or all pixels of an NHWC map.
+template <typename T>
+bool pending(int64_t channels, int64_t height, int64_t width, bool pixels) {
+  const int64_t count = pixels ? channels * height * width : height * width;
+  const int64_t constants = pixels ? channels : 1;
+  const std::vector<T> x = map_of_normal<T>(count), y = map_of_normal<T>(count);
+  const std::vector<T> g = map_of_normal<T>(count);
+  std::vector<T> out = unwritten<T>(count), other = unwritten<T>(count);
+  const Numbers mean = normal(constants, 1), scale = normal(constants, 1),
+                shift = normal(constants, 1), row = normal(pixels ? channels : height, 1),
+                column = normal(pixels ? height * width * channels : width, 1);
+  const Affine affine = {mean.data(), scale.data(), shift.data()};
+  const Terms terms = {scale.data(), mean.data()};
+  const Lines lines = pixels ? Lines{height * width, channels, true, 0, channels}
+                             : Lines{height, width, false, 1, 0};
+  const int64_t step = lines.length;
+  const auto read = [&](const std::vector<T>& map) { return Reader<const T>{map.data(), step}; };
+  std::vector<float> sums(4 * constants);
+  std::vector<double> totals(4);
+  bool right = true;
+  for (int64_t code = 0; code < kActivations; ++code) {
+    const Activation act = static_cast<Activation>(code);
+    for (const bool axes : {false, true}) {
+      const Axes added = axes ? Axes{row.data(), column.data()} : Axes{nullptr, nullptr};
+      normalize_lines(lines, {nullptr, 0}, read(y), affine, added, act, 0.1f,
+                      Reader<T>{out.data(), step});
+      right = right && finite(out);
+      if (axes) {
+        out = unwritten<T>(count);
+        normalize_lines(lines, read(g), read(y), affine, added, act, 0.1f,
+                        Reader<T>{out.data(), step});
+        right = right && finite(out);
+      }
+      out = unwritten<T>(count);
+      normalize_backward_lines(lines, read(g), read(y), affine, terms, added, act, 0.1f,
+                               Reader<T>{out.data(), step});
+      right = right && finite(out);
+      if (pixels) {
+        normalize_sums_lines(lines, read(g), read(y), affine, added, act, 0.1f, sums.data(),
+                             sums.data() + constants);
+      } else {
+        normalize_sums_lines(lines, read(g), read(y), affine, added, act, 0.1f, totals.data(),
+                             totals.data() + 1);
+      }
+    }
+  }
+  for (const bool hard : {true, false}) {
+    const Gated<T> maps = {read(x), read(y), affine, affine, hard};
+    out = other = unwritten<T>(count);
+    normalize_gate_lines(lines, maps, Reader<T>{out.data(), step});
+    right = right && finite(out);
+    normalize_gate_backward_lines(lines, read(g), maps, terms, terms, Reader<T>{out.data(), step},
+                                  Reader<T>{other.data(), step});
+    right = right && finite(out) && finite(other);
+    float* vectors[4];
+    double* numbers[4];
+    for (int i = 0; i < 4; ++i) {
+      vectors[i] = sums.data() + i * constants;
+      numbers[i] = totals.data() + i;
+    }
+    if (pixels) {
+      normalize_gate_sums_lines(lines, read(g), maps, vectors);
+    } else {
+      normalize_gate_sums_lines(lines, read(g), maps, numbers);
+    }
+  }
+  if (pixels) {
+    moments_of_pixels(lines, read(y), sums.data(), sums.data() + constants);
+  } else {
+    totals[0] += sum_of_line(y.data(), count) + deviations_of_line(y.data(), count, mean[0]);
+  }
+  return right && finite(sums) && std::isfinite(totals[0] + totals[1] + totals[2] + totals[3]);
+}
+
+template <typename T>
+bool convolution(int64_t channels, int64_t height, int64_t width) {
+  const Plane plane = {height, width};
+  const int64_t pixels = height * width, lanes = kChannels;
+  const std::vector<T> y = map_of_normal<T>(channels * pixels);
+  const Numbers numbers = normal(10 * lanes, 1);
+  const Affine affine = {numbers.data(), numbers.data() + lanes, numbers.data() + 2 * lanes};
+  std::vector<float> padded = unwritten<float>(plane.size() * lanes), gradient = padded;
+  std::vector<float> line = unwritten<float>((plane.line() + lanes) * lanes);
+  std::vector<double> sums(9 * lanes);
+  std::vector<T> out = unwritten<T>(channels * pixels);
+  pad_channels(y.data(), channels, channels, plane, affine, padded.data());
+  pad_channels(y.data(), channels, channels, plane, {nullptr, nullptr, nullptr}, gradient.data());
+  convolve_channels(padded.data(), plane, numbers.data(), numbers.data() + 9 * lanes, line.data());
+  take_channels(line.data(), channels, channels, plane, out.data());
+  correlate_channels(padded.data(), gradient.data(), plane, sums.data());
+  bool right = finite(out) && std::isfinite(std::accumulate(sums.begin(), sums.end(), 0.0));
+  padded = gradient = unwritten<float>(plane.size());
+  line = unwritten<float>(plane.line() + lanes);
+  out = unwritten<T>(pixels);
+  pad_plane(y.data(), plane, affine, padded.data());
+  pad_plane(y.data(), plane, {nullptr, nullptr, nullptr}, gradient.data());
+  convolve_plane(padded.data(), plane, numbers.data(), 0.5f, line.data());
+  take_plane(line.data(), plane, out.data());
+  correlate_plane(padded.data(), gradient.data(), plane, sums.data());
+  return right && finite(out) && std::isfinite(std::accumulate(sums.begin(), sums.end(), 0.0));
+}
+
 template <typename T>
 bool attention(int64_t n, int64_t d, int64_t e, int64_t points) {
   const int64_t stride = attention_stride(n);
@@ -455,7 +560,10 @@ bool small_operators(const char* dtype) {
   for (const int64_t channels : {1, 5, 16, 31, 32}) {
     for (const int64_t height : {1, 3, 40}) {
       for (const int64_t width : {1, 7, 16, 33}) {
-        if (!squeeze<T>(channels, height, width) || !elementwise<T>(channels, height, width)) {
+        if (!squeeze<T>(channels, height, width) || !elementwise<T>(channels, height, width) ||
+            !pending<T>(channels, height, width, true) ||
+            !pending<T>(channels, height, width, false) ||
+            (channels <= kChannels && !convolution<T>(channels, height, width))) {
           return std::printf("wrong: %s, map of %ldx%ldx%ld\n", dtype, long(channels), long(height),
                              long(width)),
                  false;
