@@ -17,7 +17,7 @@
 
 namespace seaattn {
 
-constexpr int64_t kChannels = 16;
+constexpr int64_t kChannels = 32;
 
 struct Plane {
   int64_t height, width;

@@ -133,10 +133,7 @@ SEAATTN_INLINE void sum_line(int64_t length, const Pairs& pairs, double* const* 
       }
     }
     for (int i = 0; i < 2 * kCount; ++i) {
-      for (int half = kLanes / 2; half > 0; half /= 2) {
-        for (int l = 0; l < half; ++l) parts[i][l] += parts[i][l + half];
-      }
-      *sums[i] += static_cast<double>(parts[i][0]) + tail[i];
+      *sums[i] += static_cast<double>(sum_of(parts[i])) + tail[i];
     }
   }
 }
@@ -214,10 +211,11 @@ SEAATTN_INLINE void sums_body(Lines lines, Reader<const T> gradient, Reader<cons
 }
 
 template <bool kPixelwise>
-SEAATTN_INLINE float to_raw(Pair found, Affine affine, Terms terms, int64_t k) {
+SEAATTN_INLINE float to_raw(float gradient, float deviation, const Affine& affine,
+                            const Terms& terms, int64_t k) {
   return constant<kPixelwise>(affine.scale, k) *
-         (found.gradient - constant<kPixelwise>(terms.offset, k) -
-          found.deviation * constant<kPixelwise>(terms.factor, k));
+         (gradient - constant<kPixelwise>(terms.offset, k) -
+          deviation * constant<kPixelwise>(terms.factor, k));
 }
 
 template <bool kPixelwise, bool kAxes, Activation kActivation, typename T>
@@ -231,7 +229,8 @@ SEAATTN_INLINE void backward_body(Lines lines, Reader<const T> gradient, Reader<
     T* to = out.data + line * out.step;
 #pragma omp simd
     for (int64_t k = 0; k < lines.length; ++k) {
-      to[k] = narrow<T>(to_raw<kPixelwise>(pair(k), affine, terms, k));
+      const Pair found = pair(k);
+      to[k] = narrow<T>(to_raw<kPixelwise>(found.gradient, found.deviation, affine, terms, k));
     }
   }
 }
@@ -287,8 +286,10 @@ SEAATTN_INLINE void gate_backward_body(Lines lines, Reader<const T> gradient, co
 #pragma omp simd
     for (int64_t k = 0; k < lines.length; ++k) {
       const PairOfPairs found = pairs(k);
-      to_x[k] = narrow<T>(to_raw<kPixelwise>(found.x, maps.of_x, of_x, k));
-      to_y[k] = narrow<T>(to_raw<kPixelwise>(found.y, maps.of_y, of_y, k));
+      to_x[k] =
+          narrow<T>(to_raw<kPixelwise>(found.x.gradient, found.x.deviation, maps.of_x, of_x, k));
+      to_y[k] =
+          narrow<T>(to_raw<kPixelwise>(found.y.gradient, found.y.deviation, maps.of_y, of_y, k));
     }
   }
 }
@@ -313,10 +314,7 @@ SEAATTN_INLINE double line_body(const T* y, int64_t length, float mean) {
       const float deviation = widen(y[k]) - mean;
       tail += kSquared ? deviation * deviation : deviation;
     }
-    for (int half = kLanes / 2; half > 0; half /= 2) {
-      for (int l = 0; l < half; ++l) part[l] += part[l + half];
-    }
-    total += static_cast<double>(part[0]) + tail;
+    total += static_cast<double>(sum_of(part)) + tail;
   }
   return total;
 }

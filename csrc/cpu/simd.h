@@ -70,3 +70,16 @@ struct Avx512 {
   }
 #define SEAATTN_SIMD "baseline"
 #endif
+
+namespace seaattn {
+
+// The sum of sixteen lanes, halves upon halves.
+SEAATTN_INLINE float sum_of(const Vectors<16>::Float& lanes) {
+  const Vectors<8>::Float* eights = (const Vectors<8>::Float*)&lanes;
+  const Vectors<8>::Float eight = eights[0] + eights[1];
+  const Vectors<4>::Float* fours = (const Vectors<4>::Float*)&eight;
+  const Vectors<4>::Float four = fours[0] + fours[1];
+  return (four[0] + four[2]) + (four[1] + four[3]);
+}
+
+}  // namespace seaattn

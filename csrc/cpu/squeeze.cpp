@@ -57,10 +57,7 @@ SEAATTN_INLINE void add_rows(const T* x, int64_t row_stride, int64_t width, floa
         tail += value;
         run[t] += value;
       }
-      for (int64_t half = kLanes / 2; half > 0; half /= 2) {
-        for (int64_t l = 0; l < half; ++l) parts[r][l] += parts[r][l + half];
-      }
-      sums[r] += static_cast<double>(parts[r][0]) + tail;
+      sums[r] += static_cast<double>(sum_of(parts[r])) + tail;
     }
   }
 }

@@ -158,14 +158,15 @@ struct AxisVectors {
     column = (map.pixels ? column_->transpose(1, 2) : *column_).to(at::kFloat).contiguous();
   }
 
-  // Rows that fill no vectors are added up for the plane as one line.
-  PlaneAxes plane(int64_t plane) const {
+  // Rows that fill no vectors, or each of which would have to be summed up, are added for the plane
+  // as one line.
+  PlaneAxes plane(int64_t plane, bool sums = false) const {
     static const float kZero = 0.0f;
     PlaneAxes out = {{1, height * width, false, 0, 0}, {nullptr, nullptr}, {}};
     if (!given) return out;
     const float* of_row = row.const_data_ptr<float>() + plane * height;
     const float* of_column = column.const_data_ptr<float>() + plane * width;
-    if (width >= 64 || width % 16 == 0) {
+    if (width >= 64 || (width % 16 == 0 && !sums)) {
       out.lines = {height, width, false, 1, 0};
       out.axes = {of_row, of_column};
       return out;
@@ -505,7 +506,7 @@ Tensor normalize_sums(const Tensor& gradient, const Tensor& y, const Tensor& aff
     sums = sums_of<2>(
         map,
         [&](int64_t b, int64_t c, double* const* to) {
-          const PlaneAxes added = in.axes.plane(b * map.channels() + c);
+          const PlaneAxes added = in.axes.plane(b * map.channels() + c, true);
           normalize_sums_lines(added.lines, in.upstream.plane<scalar_t>(b, c),
                                map.plane<scalar_t>(b, c), affine_at(in.constants, c), added.axes,
                                in.activation, in.slope, to[0], to[1]);
