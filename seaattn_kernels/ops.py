@@ -11,6 +11,7 @@ Under autocast the attentions and the block cast to its dtype, the other operato
 """
 
 import importlib.util
+import math
 import os
 import sys
 import warnings
@@ -36,7 +37,7 @@ from seaattn_kernels.checks import (
     unify,
 )
 from seaattn_kernels.crossover import EXACT_FLOAT32_FLOPS
-from seaattn_kernels.overloads import OPERATORS, OVERLOADS, REFERENCE
+from seaattn_kernels.overloads import OPERATORS, OVERLOADS, REFERENCE, STAGES
 
 BACKENDS = ("auto", "reference", "triton", "cpu", "cuda")
 
@@ -72,6 +73,14 @@ def _flops_axial_attention_pair_backward(row_gradient, column_gradient, *rest, *
     return 2 * b * (3 * keys + 2 * values) * (h * h + column_gradient[2] ** 2)
 
 
+def _flops_depthwise(y, *args, **kwargs) -> int:
+    return 2 * 9 * math.prod(y)
+
+
+def _flops_depthwise_backward(gradient, *args, **kwargs) -> int:
+    return 2 * _flops_depthwise(gradient)
+
+
 def _flops_sea_attention(x, weights, heads, key_dim, *args, **kwargs) -> int:
     return _flops_of_block(x, heads * key_dim, weights[6][-2])
 
@@ -97,6 +106,9 @@ _FLOPS = {
     "broadcast_add_backward": _flops_free,
     "gate": _flops_free,
     "gate_backward": _flops_free,
+    **dict.fromkeys(STAGES, _flops_free),
+    "depthwise": _flops_depthwise,
+    "depthwise_backward": _flops_depthwise_backward,
     "sea_attention": _flops_sea_attention,
 }
 

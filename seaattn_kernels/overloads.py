@@ -70,8 +70,8 @@ SCHEMAS = {
         "float negative_slope, bool hard) -> Tensor"
     ),
 }
-#: The operators between the products of a training pass, without gradients of their own. A backend
-#: may have some of them: :mod:`training` takes the others from the reference.
+#: The operators between the products of a training pass (:mod:`normalized`), without gradients of
+#: their own. "training" among the operators of a backend stands for all of them.
 STAGES = (
     "moments",
     "axial_moments",
@@ -85,29 +85,17 @@ STAGES = (
     "depthwise",
     "depthwise_backward",
 )
+_PUBLIC = (
+    "axial_squeeze",
+    "axial_attention",
+    "axial_attention_pair",
+    "broadcast_add",
+    "gate",
+    "sea_attention",
+    "training",
+)
 #: The operators that each backend has in this version.
-OPERATORS = {
-    "reference": (*(name for name in SCHEMAS if not name.endswith("_backward")), *STAGES),
-    "cpu": (
-        "axial_squeeze",
-        "axial_attention",
-        "axial_attention_pair",
-        "broadcast_add",
-        "gate",
-        "sea_attention",
-        *STAGES,
-    ),
-    "triton": (
-        "axial_squeeze",
-        "axial_attention",
-        "axial_attention_pair",
-        "broadcast_add",
-        "gate",
-        "sea_attention",
-        *STAGES,
-    ),
-    "cuda": (),
-}
+OPERATORS = {"reference": _PUBLIC, "cpu": _PUBLIC, "triton": _PUBLIC, "cuda": ()}
 
 
 # --- reference -------------------------------------------------------------------------------
@@ -520,10 +508,10 @@ def _overload(name: str, backend: str) -> torch._ops.OpOverload:
 def _define() -> dict[str, dict[str, torch._ops.OpOverload]]:
     overloads: dict[str, dict[str, torch._ops.OpOverload]] = {name: {} for name in SCHEMAS}
     for backend, operators in OPERATORS.items():
-        for name in dict.fromkeys(operators):
-            schemas = [name]
-            if backend != "reference" and name not in STAGES and f"{name}_backward" in SCHEMAS:
-                schemas.append(f"{name}_backward")
+        for name in operators:
+            schemas = STAGES if name == "training" else (name,)
+            if backend != "reference" and f"{name}_backward" in SCHEMAS:
+                schemas = (name, f"{name}_backward")
             for schema in schemas:
                 _LIBRARY.define(f"{schema}.{backend}{SCHEMAS[schema]}")
                 overloads[schema][backend] = _overload(schema, backend)

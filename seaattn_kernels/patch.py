@@ -24,7 +24,7 @@ from seaattn_kernels.module import SeaAttention, run
 from seaattn_kernels.report import Report, Row
 
 _RECORD = "_seaattn"
-_TRAINING_OPERATORS = ("axial_squeeze", "axial_attention_pair", "broadcast_add", "gate")
+_TRAINING_OPERATORS = ("training", "axial_attention_pair")
 
 
 # --- recognition -----------------------------------------------------------------------------

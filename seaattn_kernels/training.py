@@ -40,9 +40,8 @@ class _Settings(NamedTuple):
         return activation_code(self.activation), self.negative_slope
 
     def stage(self, name: str) -> Callable:
-        """An operator of the backend, or plain PyTorch where that has none of its own."""
-        overloads = ops.OVERLOADS[name]
-        return overloads.get(self.backend, overloads["reference"])
+        """An operator of :mod:`normalized` on the backend."""
+        return ops.OVERLOADS[name][self.backend]
 
 
 #: Of a map that is not activated.
@@ -64,7 +63,7 @@ def forward(block: Anatomy, x: Tensor, backend: str) -> Tensor:
     target = autocast_dtype(x.device)
     kind = x.dtype if target is None or x.dtype is torch.float64 else target
     settings = _Settings(
-        ops.choose("normalize", backend, x.device, kind),
+        ops.choose("training", backend, x.device, kind),
         block.activation,
         block.negative_slope,
         bool(block.hard),

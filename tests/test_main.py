@@ -86,8 +86,13 @@ def test_verify_passes(quick, capsys, tmp_path):
 
 def test_verify_fails_on_a_wrong_result(quick, capsys, tmp_path, monkeypatch):
     shutil.copy(verify.GOLDEN / "tiny_kd2.npz", tmp_path)
-    original = ops.gate
-    monkeypatch.setattr(ops, "gate", lambda *args, **kwargs: original(*args, **kwargs) + 1e-6)
+    original = ops.axial_attention_pair
+
+    def wrong(*args, **kwargs):
+        row, column = original(*args, **kwargs)
+        return row + 1e-6, column
+
+    monkeypatch.setattr(ops, "axial_attention_pair", wrong)
     assert command.main(["verify", "--golden", str(tmp_path)]) == 1
     text = capsys.readouterr().out
     assert "FAIL  golden tiny_kd2" in text

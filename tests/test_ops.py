@@ -118,8 +118,8 @@ def test_compiles_to_one_graph_of_any_size(case):
 
 
 def test_schemas_hold_tensors_and_numbers_only():
-    allowed = {"Tensor", "List[Tensor]", "int", "float", "bool"}
-    for name in ops.OPERATORS["reference"]:
+    allowed = {"Tensor", "Optional[Tensor]", "List[Tensor]", "int", "float", "bool"}
+    for name in overloads.SCHEMAS:
         packet = getattr(torch.ops.seaattn_kernels, name)
         for backend in packet.overloads():
             assert {str(a.type) for a in getattr(packet, backend)._schema.arguments} <= allowed
@@ -605,8 +605,10 @@ def test_pair_of_any_size(sizes, points, dtype, kind, seed):
     case = _pair(*sizes, points)
     tensors = [_axis_view(t, kind) for t in case.inputs(seed, "cpu", dtype)]
     exact = _with_gradients(case, [t.double() for t in tensors], "reference")
+    # A score's gradient is what is left of sums of E products, nothing where an axis is one long.
+    terms = sizes[3] ** 0.5
     for ours, truth in zip(_with_gradients(case, tensors, "auto"), exact, strict=True):
-        eps = torch.finfo(dtype).eps * max(1.0, float(truth.detach().abs().max()))
+        eps = torch.finfo(dtype).eps * max(1.0, terms, float(truth.detach().abs().max()))
         torch.testing.assert_close(ours.double(), truth, atol=64 * eps, rtol=0)
 
 

@@ -4,13 +4,13 @@ import copy
 from functools import partial
 from pathlib import Path
 
+import eager_blocks
 import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from seaattn_kernels import SeaAttention, budget, ops, reference, replace_sea_attention, verify
-from tests import eager_blocks
 
 GOLDEN = sorted(Path(verify.GOLDEN).glob("*.npz"))
 BACKENDS = ["reference", "cpu", "triton"]
