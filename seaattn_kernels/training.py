@@ -213,7 +213,11 @@ class _Project(torch.autograd.Function):
         ctx.rule, ctx.settings = rule, settings
         mean, scale, shift = pending.affine[..., None]
         offset = moments[0][:, None] - mean
-        row, column = (((t + offset) * scale + shift).to(y.dtype) for t in (row, column))
+        row, column = ((t + offset) * scale + shift for t in (row, column))
+        # A cast that does nothing is the same tensor again: compiled by torch 2.11 that has no
+        # gradient.
+        if row.dtype is not y.dtype:
+            row, column = row.to(y.dtype), column.to(y.dtype)
         ctx.mark_non_differentiable(pending.affine)
         return y, row, column, pending.affine
 
