@@ -1,4 +1,4 @@
-"""Time blocks and operators, draw a result file, compile the Triton kernels without a GPU."""
+"""Time blocks and operators, count what a training step keeps, train, draw, compile kernels."""
 
 import argparse
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from bench import cpu, memory, models, operators, results
+from bench import cpu, memory, models, operators, results, saved, train
 from bench.cases import CASES
 from bench.measure import (
     DEFAULT_PROVIDERS,
@@ -51,22 +51,24 @@ BEATEN = (
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    common = argparse.ArgumentParser(add_help=False)
+    written = argparse.ArgumentParser(add_help=False)
+    written.add_argument("--quick", action="store_true", help="less of everything: a trial")
+    written.add_argument(
+        "--out", type=Path, help="folder (bench/results/<machine>; quick: out/bench)"
+    )
+    written.add_argument("--no-chart", action="store_true", help="the result file alone")
+    common = argparse.ArgumentParser(add_help=False, parents=[written])
     common.add_argument(
         "--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE",
         help=f"default: all of {', '.join(CASES)}",
     )  # fmt: skip
     common.add_argument("--batch", type=positive_argument, default=1, help="default: %(default)s")
-    common.add_argument("--quick", action="store_true", help="fewer maps, less time on each")
-    common.add_argument(
-        "--out", type=Path, help="folder (bench/results/<machine>; quick: out/bench)"
-    )
-    common.add_argument("--no-chart", action="store_true", help="the result file alone")
-    timed = argparse.ArgumentParser(add_help=False, parents=[common])
+    placed = argparse.ArgumentParser(add_help=False)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    timed.add_argument(
+    placed.add_argument(
         "--device", type=device_argument, default=device, help="default: %(default)s"
     )
+    timed = argparse.ArgumentParser(add_help=False, parents=[common, placed])
     timed.add_argument("--dtype", choices=DTYPES, default="float32", help="default: %(default)s")
     run = commands.add_parser(
         "run", parents=[timed], help="whole blocks in eval mode: check, time, write JSON and chart"
@@ -102,6 +104,20 @@ def _parser() -> argparse.ArgumentParser:
         "--providers", nargs="+", choices=operators.PROVIDERS, metavar="PROVIDER",
         default=list(operators.PROVIDERS), help="default: all of " + ", ".join(operators.PROVIDERS),
     )  # fmt: skip
+    kept = commands.add_parser(
+        "saved", parents=[placed],
+        help="bytes that the block keeps of a forward for its backward, beside eager's",
+    )  # fmt: skip
+    kept.add_argument("--out", type=Path, help="JSON of the table")
+    learn = commands.add_parser(
+        "train", parents=[placed, written],
+        help="train a small SeaFormer on digits: eager, replaced, and eager with other seeds",
+    )  # fmt: skip
+    learn.add_argument(
+        "--variant", choices=seaformer.CONFIGS, default="t", help="default: %(default)s"
+    )
+    learn.add_argument("--steps", type=positive_argument, help="default: 300, with --quick 6")
+    learn.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     draw = commands.add_parser("plot", help="draw the chart of a result file")
     draw.add_argument("results", type=Path)
     draw.add_argument("--out", type=Path, help="PNG (beside the result file)")
@@ -291,6 +307,33 @@ def run_operators(arguments: argparse.Namespace) -> int:
     return status or int(bool(refused))
 
 
+def run_saved(arguments: argparse.Namespace) -> int:
+    """Print the table of what is kept; write it where that is asked for."""
+    rows = saved.measure(arguments.device)
+    print(saved.table(rows))
+    if arguments.out:
+        results.write(arguments.out, results.document(rows, arguments.device))
+        print(arguments.out)
+    return 0
+
+
+def run_train(arguments: argparse.Namespace) -> int:
+    """Train; non-zero where the replaced model does not learn as the eager one does."""
+    if reason := train.refusal():
+        print(f"there is nothing to train on: {reason}")
+        return 1
+    steps = arguments.steps or (6 if arguments.quick else 300)
+    try:
+        rows = train.measure(arguments.variant, arguments.seed, steps, arguments.device)
+    except KeyboardInterrupt:
+        print("stopped: nothing is kept of a run that has not ended", file=sys.stderr)
+        return 130
+    verdict = train.verdict(rows)
+    print(train.table(rows, verdict))
+    _save(arguments, rows, f"train-{arguments.variant}.json", verdict=verdict)
+    return int(not verdict["holds"])
+
+
 def static(arguments: argparse.Namespace) -> int:
     """Print the table; non-zero where a kernel does not compile, spills or needs too much."""
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -334,6 +377,10 @@ def main() -> int:
         return run_cpu(arguments)
     if arguments.command == "operators":
         return run_operators(arguments)
+    if arguments.command == "saved":
+        return run_saved(arguments)
+    if arguments.command == "train":
+        return run_train(arguments)
     if arguments.command == "static":
         return static(arguments)
     chart = arguments.out or arguments.results.with_suffix(".png")

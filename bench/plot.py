@@ -1,4 +1,4 @@
-"""A chart from a result file alone: speed-up over eager, and time, by the size of the map."""
+"""A chart from a result file alone: speed-up and time by the size of the map, or losses."""
 
 import math
 from collections import defaultdict
@@ -9,6 +9,8 @@ from statistics import geometric_mean
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator
+
+from bench.train import smooth
 
 # Okabe and Ito's colours, told apart by the colour-blind; markers and dashes for print in grey.
 _STYLES = {
@@ -44,10 +46,11 @@ _Points = Mapping[str, Mapping[int, Sequence[float]]]
 def plot(results: Mapping, path: Path) -> Path:
     """Draw the blocks of a result file into a PNG, called and not replayed, or its operators.
 
-    Points are cases; a line, or a bar, is their geometric mean.
+    Points are cases; a line, or a bar, is their geometric mean. Of training runs it draws the
+    losses.
 
     Raises:
-        ValueError: if there is neither.
+        ValueError: if there is nothing of these.
     """
     # Older files have no ways: every block in them is called.
     rows = [
@@ -56,9 +59,13 @@ def plot(results: Mapping, path: Path) -> Path:
         if row["kind"] == "block" and row.get("way", "call") == "call"
     ]
     operators = [row for row in results["rows"] if row["kind"] == "operator"]
-    if not rows and not operators:
-        raise ValueError("nothing to draw: the results hold no block and no operator")
-    figure = _blocks(results, rows) if rows else _operators(results, operators)
+    training = [row for row in results["rows"] if row["kind"] == "training"]
+    if not rows and not operators and not training:
+        raise ValueError("nothing to draw: the results hold no block, operator or training run")
+    if training:
+        figure = _training(results, training)
+    else:
+        figure = _blocks(results, rows) if rows else _operators(results, operators)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     return path
@@ -147,6 +154,36 @@ def _operators(results: Mapping, rows: Sequence[Mapping]) -> Figure:
     figure.axes[0].legend()
     kinds = ", ".join(dict.fromkeys(_what(row) for row in rows))
     figure.suptitle(f"Operators of {_cases(rows)}, {kinds}\n{_where(results)}", fontsize=10)
+    return figure
+
+
+def _training(results: Mapping, rows: Sequence[Mapping]) -> Figure:
+    """Smoothed losses of the runs, and how far they are from those of the first, eager's."""
+    labels = [
+        f"{_LABELS['eager' if row['backend'] == 'eager' else 'auto']}, seed {row['seed']}"
+        for row in rows
+    ]
+    curves = [smooth(row["losses"]) for row in rows]
+    figure = Figure(figsize=(11, 4.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for index, (label, curve, name) in enumerate(
+        zip(labels, curves, ("eager", "auto", "compile", "reference"), strict=True)
+    ):
+        every = max(1, len(curve) // 8)
+        # Markers take turns, so that one curve on another is seen.
+        style = {**_STYLES[name], "markevery": (index * every // 4, every), "label": label}
+        steps = range(len(rows[0]["losses"]) - len(curve) + 1, len(rows[0]["losses"]) + 1)
+        left.plot(steps, curve, **style)
+        if index:
+            right.plot(steps, abs(curve - curves[0]), **style)
+    for axes, what in ((left, "training loss"), (right, f"its difference from {labels[0]}")):
+        axes.set_yscale("log")
+        axes.set_xlabel("step")
+        axes.set_ylabel(f"{what} (running mean)")
+        axes.grid(color="0.8", linewidth=0.5)
+        axes.legend()
+    title = f"Training {rows[0]['case']}, on digits, {_what(rows[0])}"
+    figure.suptitle(f"{title}\n{_where(results)}", fontsize=10)
     return figure
 
 

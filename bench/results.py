@@ -21,6 +21,8 @@ import seaattn_kernels
 
 _CHECKOUT = Path(__file__).parents[1]
 _RESULTS = Path(__file__).parent / "results"
+#: Packages beside torch and numpy that results may depend on.
+_PROVIDERS = ("triton", "onnxruntime", "openvino", "scikit-learn")
 
 
 def machine(device: torch.device) -> dict[str, str | int | None]:
@@ -55,7 +57,7 @@ def versions() -> dict[str, str | None]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": numpy.__version__,
-        **{name: _installed(name) for name in ("triton", "onnxruntime", "openvino")},
+        **{name: _installed(name) for name in _PROVIDERS},
         "seaattn_kernels": seaattn_kernels.__version__,
     }
 
