@@ -38,10 +38,19 @@ from triton.compiler import CompiledKernel
 from triton.runtime import JITFunction, driver
 
 from bench.cases import CASES
-from seaattn_kernels.kernels import axial_attention, block, broadcast_add, gate, launch, squeeze
+from seaattn_kernels.kernels import (
+    axial_attention,
+    block,
+    broadcast_add,
+    depthwise,
+    gate,
+    launch,
+    normalize,
+    squeeze,
+)
 from seaattn_kernels.reference import ACTIVATIONS, is_channels_last, squeeze_first
 
-_MODULES = (squeeze, axial_attention, broadcast_add, gate, block)
+_MODULES = (squeeze, axial_attention, broadcast_add, gate, normalize, depthwise, block)
 _CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 _KIB = 1024
 
@@ -200,7 +209,7 @@ def recorded(target: Target, found: Callable[[Launch], None], example: list[str]
             patch = partial(mock.patch.object, return_value=target.capability)
             stack.enter_context(patch(launch, "capability"))
             patch = partial(mock.patch.object, return_value=target.processors)
-            for module in (squeeze, block):
+            for module in (squeeze, normalize, depthwise, block):
                 stack.enter_context(patch(module, "multiprocessors"))
             for module in _MODULES:
                 stack.enter_context(mock.patch.object(module, "launch", counted))
@@ -305,6 +314,33 @@ def _operators_of_a_map(x: Tensor, activations: Iterable[int]) -> None:
         gate.gate_backward(out, out, out, hard)
 
 
+def _stages_of_a_map(y: Tensor, activations: Iterable[int]) -> None:
+    """What a training pass does to a raw map, with gradients in its layout."""
+    b, c, h, w = y.shape
+    affine, terms, weight = _empty(3, c), _empty(2, c), _empty(c, 1, 3, 3, dtype=y.dtype)
+    layout = torch.channels_last if y.stride(1) == 1 else torch.contiguous_format
+    out = torch.empty(y.shape, dtype=y.dtype, device="meta", memory_format=layout)
+    row, column = _empty(b, c, h, dtype=y.dtype), _empty(b, c, w, dtype=y.dtype)
+    sums = _empty(b, c, h), _empty(b, c, w)
+    normalize.moments(y)
+    normalize.axial_moments(y)
+    for activation in activations:
+        normalize.normalize(y, affine, None, None, activation, 0.1, out)
+        normalize.normalize(y, affine, row, column, activation, 0.1, out)
+        normalize.normalize_sums(out, y, affine, None, None, activation, 0.1)
+        normalize.normalize_backward(out, y, affine, terms, None, None, activation, 0.1, out)
+        normalize.normalize_add_backward(out, y, affine, row, column, activation, 0.1, out)
+    normalize.normalize_sums(out, y, affine, *sums, _IDENTITY, 0.0)
+    normalize.normalize_backward(out, y, affine, terms, *sums, _IDENTITY, 0.0, out)
+    for hard in (True, False):
+        normalize.normalize_gate(y, y, affine, affine, hard, out)
+        normalize.normalize_gate_sums(out, y, y, affine, affine, hard)
+        normalize.normalize_gate_backward(out, y, y, affine, affine, terms, terms, hard, out, out)
+    for bias in (None, _empty(c, dtype=y.dtype)):
+        depthwise.depthwise(y, affine, weight, bias, out)
+    depthwise.depthwise_backward(out, y, affine, weight, out)
+
+
 def _operators_of_an_axis(
     b: int, heads: int, d: int, e: int, h: int, w: int, dtype: torch.dtype
 ) -> None:
@@ -345,7 +381,7 @@ def whole_block(
 #: Sides that reach every tile of a map, and the heads that were seen in models.
 _SIDES = (1, 7, 8, 14, 16, 20, 32, 40, 64, 80, 128, 256, 300)
 _HEADS = ((16, 32), (2, 4), (10, 20), (16, 16), (16, 64), (20, 40), (24, 48), (32, 64), (64, 128))
-_RELU6 = ACTIVATIONS.index("relu6")
+_IDENTITY, _RELU6 = (ACTIVATIONS.index(name) for name in ("identity", "relu6"))
 #: Maps of blocks that take each way to the axis vectors, and maps of odd sizes.
 _MAPS = ((1, 16, 16), (16, 32, 32), (64, 32, 32), (1, 7, 7), (1, 20, 20), (1, 100, 3), (1, 1, 1))
 _MAPS += ((1, 300, 300), (2, 1024, 1024), (1, 64, 128))
@@ -359,6 +395,7 @@ def _examples(dtypes: Sequence[torch.dtype]) -> Iterator[tuple[str, Callable[[],
     for dtype, (c, h, w) in itertools.product(dtypes, (b1, yolo)):
         for layout, x in _layouts(16, c, h, w, dtype).items():
             yield f"16x{c}x{h}x{w} {layout}", partial(_operators_of_a_map, x, [_RELU6])
+            yield f"16x{c}x{h}x{w} {layout}", partial(_stages_of_a_map, x, [_RELU6])
     for dtype, (d, e) in itertools.product(dtypes, _HEADS):
         yield (
             "16 images, 8 heads, 32x32",
@@ -376,8 +413,20 @@ def _examples(dtypes: Sequence[torch.dtype]) -> Iterator[tuple[str, Callable[[],
     for dtype, (b, c, h, w) in itertools.product(dtypes, few):
         for layout, x in _layouts(b, c, h, w, dtype).items():
             yield f"{b}x{c}x{h}x{w} {layout}", partial(_operators_of_a_map, x, [_RELU6])
+    yield from _examples_of_stages(dtypes)
     huge = _empty(1, 2, 40000, 40000, dtype=torch.float16)
     yield "1x2x40000x40000 NCHW", partial(_operators_of_a_map, huge, [_RELU6])
+    yield "1x2x40000x40000 NCHW", partial(_stages_of_a_map, huge, [_RELU6])
+
+
+def _examples_of_stages(dtypes: Sequence[torch.dtype]) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Each width of a tile and each activation once, and maps of odd sizes."""
+    sizes = [(16, 128, h, w) for h, w in ((8, 8), (16, 16), (32, 64), (16, 128), (8, 256))]
+    sizes += [(128, 512, 7, 7), (1, 3, 1, 1), (2, 33, 100, 3), (2, 2, 600, 20)]
+    for dtype, (b, c, h, w) in itertools.product(dtypes, sizes):
+        for layout, y in _layouts(b, c, h, w, dtype).items():
+            activations = range(len(ACTIVATIONS)) if (h, w) == (16, 16) else [_RELU6]
+            yield f"{b}x{c}x{h}x{w} {layout}", partial(_stages_of_a_map, y, activations)
 
 
 def _examples_of_blocks(dtypes: Sequence[torch.dtype]) -> Iterator[tuple[str, Callable[[], None]]]:

@@ -102,11 +102,17 @@ for found in static.launches(static.TARGETS["sm_90"], brief=True):
 def test_maps_move_in_vectors_of_sixteen_bytes():
     done = run("-c", VECTORS)
     assert done.returncode == 0, done.stderr
-    kernels = ("broadcast_add", "broadcast_add_backward", "gate", "gate_backward")
-    expected = {f"{kernel}_kernel True True" for kernel in kernels}
+    of_maps = (
+        "broadcast_add", "broadcast_add_backward", "gate", "gate_backward", "normalize",
+        "normalize_backward", "normalize_add_backward", "normalize_gate",
+        "normalize_gate_backward", "depthwise", "depthwise_backward",
+    )  # fmt: skip
+    of_sums = ("squeeze", "moments", "normalize_sums", "normalize_gate_sums")
+    of_parts = ("merge", "merge_moments", "center")
     assert set(done.stdout.splitlines()) == {
-        *expected,
-        "squeeze_kernel True False",
+        *(f"{kernel}_kernel True True" for kernel in of_maps),
+        *(f"{kernel}_kernel True False" for kernel in of_sums),
+        *(f"{kernel}_kernel False False" for kernel in of_parts),
         "spread_kernel False True",
     }
 

@@ -28,6 +28,22 @@ def span(block, BLOCK: tl.constexpr):
     return block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
 
 
+@triton.jit
+def walk(C, H, band, bands, strips, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr):
+    """What this program owns: the image, channels, columns, the first row and the row after the
+    last, and the numbers of its band and its strip."""
+    pid = tl.program_id(0)
+    strip = pid % strips
+    pid = pid // strips
+    part = pid % bands
+    pid = pid // bands
+    blocks = tl.cdiv(C, BLOCK_C)
+    b = (pid // blocks).to(tl.int64)
+    first = part * band
+    last = tl.minimum(first + band, H)
+    return b, span(pid % blocks, BLOCK_C), span(strip, BLOCK_W), first, last, part, strip
+
+
 @triton.jit(
     do_not_specialize=["H", "band", "bands", "strips"],
     do_not_specialize_on_alignment=["row_ptr", "column_ptr"],
@@ -37,16 +53,7 @@ def squeeze_kernel(
     stride_b, stride_c, stride_h, stride_w, row_scale, column_scale,
     BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0)
-    strip = pid % strips
-    pid = pid // strips
-    part = pid % bands
-    pid = pid // bands
-    blocks = tl.cdiv(C, BLOCK_C)
-    b = (pid // blocks).to(tl.int64)
-    c = span(pid % blocks, BLOCK_C)
-    w = span(strip, BLOCK_W)
-    first, last = part * band, tl.minimum(part * band + band, H)
+    b, c, w, first, last, part, strip = walk(C, H, band, bands, strips, BLOCK_C, BLOCK_W)
     h = first + tl.arange(0, BLOCK_H)
     x_ptr += b * stride_b + c[:, None, None] * stride_c
     x_ptr += h.to(tl.int64)[None, :, None] * stride_h + w[None, None, :] * stride_w
@@ -152,10 +159,10 @@ def tiles(x: Tensor) -> tuple[int, dict[str, int]]:
     b, c, h, w = x.shape
     block = tile(h, w, by_channels(x))
     programs = b * cdiv(c, block.c) * cdiv(h, block.h) * cdiv(w, block.w)
-    return programs, _constants(block)
+    return programs, constants(block)
 
 
-def _constants(block: Tile) -> dict[str, int]:
+def constants(block: Tile) -> dict[str, int]:
     return {"BLOCK_C": block.c, "BLOCK_H": block.h, "BLOCK_W": block.w, "num_warps": 8}
 
 
@@ -197,8 +204,22 @@ def sums(
     launch(
         squeeze_kernel, b * cdiv(c, cut.tile.c) * cut.strips * cut.bands,
         x, row, column, c, h, w, cut.band, cut.bands, cut.strips, *x.stride(),
-        row_scale, column_scale, **_constants(cut.tile),
+        row_scale, column_scale, **constants(cut.tile),
     )  # fmt: skip
+
+
+def parts_of(out: Tensor, count: int) -> Tensor:
+    """Where ``count`` programs leave their parts of ``out``; one writes the result itself."""
+    return out if count == 1 else out.new_empty(*out.shape, count, dtype=torch.float32)
+
+
+def combine(parts: Tensor, out: Tensor, scale: float) -> None:
+    """Write ``scale`` times the sum of the parts of ``out``, where it has parts."""
+    if out is not parts:
+        launch(
+            combine_kernel, cdiv(out.numel(), 256),
+            parts, out, out.numel(), parts.shape[3], scale, BLOCK=256, num_warps=4,
+        )  # fmt: skip
 
 
 def axial_squeeze(x: Tensor, mean: bool = True) -> tuple[Tensor, Tensor]:
@@ -209,22 +230,14 @@ def axial_squeeze(x: Tensor, mean: bool = True) -> tuple[Tensor, Tensor]:
     b, c, h, w = x.shape
     way = cut(x.shape, by_channels(x), x.device)
     row, column = x.new_empty(b, c, h), x.new_empty(b, c, w)
-    row_parts, column_parts = row, column
-    if way.strips > 1:
-        row_parts = row.new_empty(b, c, h, way.strips, dtype=torch.float32)
-    if way.bands > 1:
-        column_parts = row.new_empty(b, c, w, way.bands, dtype=torch.float32)
+    row_parts, column_parts = parts_of(row, way.strips), parts_of(column, way.bands)
     row_scale, column_scale = (1 / w, 1 / h) if mean else (1.0, 1.0)
     sums(
         x, way, row_parts, column_parts,
         row_scale if way.strips == 1 else 1.0, column_scale if way.bands == 1 else 1.0,
     )  # fmt: skip
-    for out, parts, scale in ((row, row_parts, row_scale), (column, column_parts, column_scale)):
-        if out is not parts:
-            launch(
-                combine_kernel, cdiv(out.numel(), 256),
-                parts, out, out.numel(), parts.shape[3], scale, BLOCK=256, num_warps=4,
-            )  # fmt: skip
+    combine(row_parts, row, row_scale)
+    combine(column_parts, column, column_scale)
     return row, column
 
 
