@@ -648,6 +648,9 @@ std::tuple<Tensor, Tensor> normalize_gate_backward(const Tensor& gradient, const
               pixels_of<scalar_t>(dx, pixel), pixels_of<scalar_t>(dy, pixel));
         });
   });
+  if (follows_pixels(y) != map.pixels) {
+    dy = dy.contiguous(map.pixels ? at::MemoryFormat::Contiguous : at::MemoryFormat::ChannelsLast);
+  }
   return {dx, dy};
 }
 
