@@ -13,7 +13,13 @@ from torch.utils.checkpoint import checkpoint
 from seaattn_kernels import SeaAttention, budget, ops, reference, replace_sea_attention, verify
 
 GOLDEN = sorted(Path(verify.GOLDEN).glob("*.npz"))
-BACKENDS = ["reference", "cpu", "triton"]
+GPU = torch.cuda.is_available()
+BACKENDS = [
+    "reference",
+    "cpu",
+    # Without a GPU it is interpreted.
+    pytest.param("triton", marks=[pytest.mark.gpu] if GPU else []),
+]
 #: An interpreted step takes a second.
 SEEDS_OF_STEPS = {"reference": 3, "cpu": 3, "triton": 1}
 
@@ -25,9 +31,14 @@ def backend(request):
     return request.param
 
 
+def device_of(backend):
+    return torch.device("cuda" if GPU and backend == "triton" else "cpu")
+
+
 def make(dtype=torch.float64, **options):
     """A block in training mode with random weights and statistics."""
-    return verify.randomise(SeaAttention(16, 4, 2, **options)).to(dtype)
+    block = verify.randomise(SeaAttention(16, 4, 2, **options))
+    return block.to(device_of(options.get("backend")), dtype)
 
 
 def step(model, x, upstream, forward=None):
@@ -42,6 +53,10 @@ def step(model, x, upstream, forward=None):
         **{name: p.grad for name, p in model.named_parameters() if p.grad is not None},
         **{name: b.clone() for name, b in model.named_buffers()},
     }
+
+
+def _param(backend):
+    return backend if not isinstance(backend, str) else pytest.param(backend)
 
 
 def eager(block):
@@ -62,7 +77,12 @@ def assert_same(found, expected, tolerance=1e-11):
 
 @pytest.mark.parametrize(
     ("mode", "backend"),
-    [("train", name) for name in BACKENDS] + [("eval", "reference"), ("eval", "cpu")],
+    [
+        pytest.param(mode, *backend.values, marks=backend.marks)
+        for mode in ("train", "eval")
+        for backend in map(_param, BACKENDS)
+        if mode == "train" or GPU or backend.values != ("triton",)
+    ],
     indirect=["backend"],
 )
 def test_golden_files_in_float32(mode, backend):
@@ -75,9 +95,10 @@ def test_golden_files_in_float32(mode, backend):
         golden = verify.load_golden(path)
         if golden.meta["kind"] != "sea_attention":
             continue
-        block = golden.model(backend).float().train(mode == "train")
+        device = device_of(backend)
+        block = golden.model(backend).to(device, torch.float32).train(mode == "train")
         twin = copy.deepcopy(block)
-        x, upstream = golden.random("x").float(), golden.random("dout").float()
+        x, upstream = (golden.random(name).to(device, torch.float32) for name in ("x", "dout"))
         ours, theirs = step(block, x, upstream), step(twin, x, upstream, eager(twin))
         for name, truth in golden.arrays.items():
             of_mode, kind, *rest = name.split("/")
@@ -98,6 +119,7 @@ def test_ten_optimizer_steps_agree(backend):
     for seed in budget.SEEDS[: SEEDS_OF_STEPS[backend]]:
         torch.manual_seed(seed)
         batches, upstream = torch.randn(10, 2, 16, 7, 6), torch.randn(2, 16, 7, 6)
+        batches, upstream = (t.to(device_of(backend)) for t in (batches, upstream))
         start = make(torch.float32, backend=backend, activation="silu")
         for result, double in zip(results, (False, False, True), strict=True):
             block = copy.deepcopy(start)
@@ -222,7 +244,12 @@ def test_copies_train_as_they_did(variant):
 
 @pytest.mark.parametrize(
     ("offset", "backend"),
-    [(1e3, name) for name in BACKENDS] + [(-1e3, "reference"), (-1e3, "cpu")],
+    [
+        pytest.param(offset, *backend.values, marks=backend.marks)
+        for offset in (1e3, -1e3)
+        for backend in map(_param, BACKENDS)
+        if offset > 0 or GPU or backend.values != ("triton",)
+    ],
     indirect=["backend"],
 )
 def test_means_a_thousand_times_the_deviation(backend, offset):
@@ -235,10 +262,10 @@ def test_means_a_thousand_times_the_deviation(backend, offset):
             for layer in (block.to_q, block.to_k, block.to_v):
                 layer.c.weight.abs_()
         x = 1 + torch.randn(2, 16, 6, 5) / abs(offset)
-        x = x if offset > 0 else -x
+        x = (x if offset > 0 else -x).to(device_of(backend))
         exact = copy.deepcopy(block).double()
         twin = copy.deepcopy(block)
-        upstream = torch.randn(2, 16, 6, 5)
+        upstream = torch.randn(2, 16, 6, 5).to(x.device)
         results[0].append(step(block, x, upstream))
         results[1].append(step(twin, x, upstream, eager(twin)))
         results[2].append(step(exact, x.double(), upstream.double(), eager(exact)))
@@ -251,7 +278,7 @@ def test_means_a_thousand_times_the_deviation(backend, offset):
 
 def test_an_empty_batch_in_eval_mode(backend):
     block = make(torch.float32, backend=backend).eval()
-    x = torch.empty(0, 16, 4, 5, requires_grad=True)
+    x = torch.empty(0, 16, 4, 5, requires_grad=True, device=device_of(backend))
     out = block(x)
     out.sum().backward()
     assert out.shape == x.shape == x.grad.shape
@@ -310,15 +337,16 @@ def test_mixed_precision_with_a_scaler(dtype, backend):
     """Float32 parameters and gradients, a step by GradScaler, finite and near eager's."""
     block = make(torch.float32, backend=backend, activation="silu")
     twin = copy.deepcopy(block)
+    device = device_of(backend)
     losses = []
     for model, forward in ((block, block), (twin, eager(twin))):
         torch.manual_seed(1)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-        scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+        scaler = torch.amp.GradScaler(device.type, init_scale=256.0)
         found = []
         for _ in range(3):
-            x = torch.randn(4, 16, 6, 5)
-            with torch.autocast("cpu", dtype=dtype):
+            x = torch.randn(4, 16, 6, 5).to(device)
+            with torch.autocast(device.type, dtype=dtype):
                 out = forward(x)
                 loss = out.float().square().mean()
             assert out.dtype is dtype
@@ -347,7 +375,7 @@ def test_gradients_accumulate():
 
 def test_only_the_input_needs_a_gradient(backend):
     block = make(torch.float32, backend=backend).requires_grad_(False)
-    x, upstream = torch.randn(2, 2, 16, 5, 4)
+    x, upstream = torch.randn(2, 2, 16, 5, 4).to(device_of(backend))
     found = step(block, x, upstream)
     twin = copy.deepcopy(block)
     assert set(found) == set(step(twin, x, upstream, eager(twin)))
