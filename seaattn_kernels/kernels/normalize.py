@@ -507,7 +507,8 @@ def _walk(kernel, x: Tensor, way: Cut, *arguments, **constants) -> None:
     """Launch a kernel whose programs walk down bands; ``arguments`` holds the sizes and them."""
     b, c = x.shape[:2]
     programs = b * cdiv(c, way.tile.c) * way.strips * way.bands
-    launch(kernel, programs, *arguments, **constants, **squeeze.constants(way.tile))
+    constants |= squeeze.constants(way.tile) | all_registers(x)
+    launch(kernel, programs, *arguments, **constants)
 
 
 def _sizes(x: Tensor, way: Cut) -> tuple[int, ...]:
@@ -621,7 +622,7 @@ def normalize_add_backward(
     _walk(
         normalize_add_backward_kernel, y, way, gradient, y, affine, row, column, out,
         rows, columns, *_sizes(y, way), negative_slope, *gradient.stride(), *y.stride(),
-        *row.stride(), *column.stride(), *out.stride(), ACTIVATION=activation, **all_registers(y),
+        *row.stride(), *column.stride(), *out.stride(), ACTIVATION=activation,
     )  # fmt: skip
     squeeze.combine(rows, row_sums, 1.0)
     squeeze.combine(columns, column_sums, 1.0)
@@ -649,7 +650,6 @@ def normalize_gate_sums(
     _walk(
         normalize_gate_sums_kernel, x, way, gradient, x, y, x_affine, y_affine, parts,
         *_sizes(x, way), *gradient.stride(), *x.stride(), *y.stride(), HARD=hard,
-        **all_registers(x),
     )  # fmt: skip
     x_sums, y_sums = (parts.new_empty(2, x.shape[1]) for _ in range(2))
     merge_parts(parts, x_sums, y_sums)
@@ -665,6 +665,6 @@ def normalize_gate_backward(
     launch(
         normalize_gate_backward_kernel, programs, gradient, x, y, x_affine, y_affine,
         x_terms, y_terms, dx, dy, *x.shape[1:], *gradient.stride(), *x.stride(), *y.stride(),
-        *dx.stride(), *dy.stride(), HARD=hard, **blocks,
+        *dx.stride(), *dy.stride(), HARD=hard, **blocks, **all_registers(x),
     )  # fmt: skip
     return dx, dy
