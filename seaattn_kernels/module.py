@@ -75,8 +75,10 @@ class SeaAttention(nn.Module):
     They follow in-place updates, optimizers, ``load_state_dict``, ``.half()``, ``.to()``; they do
     not see what moves no version counter: writes through ``.data``, collectives of
     ``torch.distributed`` on a parameter, fused updates outside ``torch.optim``. Call :meth:`refold`
-    after those. Otherwise the block runs its submodules and the differentiable operators. Where a
-    submodule was replaced or carries a hook, the block does what its submodules do.
+    after those. Otherwise it runs the training pass (:mod:`training`), which keeps maps as the
+    convolutions put them out and normalises them where they are read; BatchNorm is that of the
+    layers, and a SyncBatchNorm works on a CPU too. Where a submodule was replaced or carries a
+    hook, or the norms of q, k and v differ in mode, the block does what its submodules do.
 
     Args:
         dim: channels C.
