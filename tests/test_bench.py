@@ -804,6 +804,9 @@ def test_a_wrong_operator_is_not_timed(monkeypatch):
         return right(x, y, hard, backend) * (1.001 if backend == "triton" else 1)
 
     monkeypatch.setattr(ops, "gate", wrong)
+    stages = ops.OVERLOADS["normalize_gate"]  # the gate of a block in training
+    stage = lambda *arguments: stages["triton"](*arguments) * 1.001  # noqa: E731
+    monkeypatch.setitem(ops.OVERLOADS, "normalize_gate", {**stages, "triton": stage})
     log = []
     rows = _measure_operators(log.append)
     assert [line.split(" is not timed")[0] for line in log] == [

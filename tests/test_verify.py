@@ -1,13 +1,14 @@
 """The judge can say no: every planted fault and every error over the budget is noticed."""
 
 import copy
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from seaattn_kernels import SeaAttention, budget, ops, reference, verify
+from seaattn_kernels import SeaAttention, budget, normalized, ops, reference, verify
 
 GOLDEN = sorted(verify.GOLDEN.glob("*.npz"))
 BLOCK = verify.GOLDEN / "square16.npz"
@@ -83,16 +84,27 @@ def _heads_mixed(monkeypatch):
     monkeypatch.setattr(reference, "axial_attention", mixed)
 
 
+def _stage_changed(monkeypatch, name, faulty):
+    """A fault in an operator of the training pass: ``faulty(stage, *arguments)``."""
+    stages = ops.OVERLOADS[name]
+    changed = {**stages, "reference": partial(faulty, stages["reference"])}
+    monkeypatch.setitem(ops.OVERLOADS, name, changed)
+
+
 def _rows_and_columns_swapped(monkeypatch):
     """On a square map nothing but the values changes."""
-    squeeze, folded = reference.axial_squeeze, reference.sea_attention_folded
+    folded = reference.sea_attention_folded
 
     def swapped(x, weights, *arguments):
         w = list(weights)
         w[6:10] = [*w[8:10], *w[6:8]]
         return folded(x, w, *arguments)
 
-    monkeypatch.setattr(ops, "axial_squeeze", lambda x, *_: squeeze(x)[::-1])
+    def moments(stage, y):
+        mean, deviations, row, column = stage(y)
+        return mean, deviations, column, row
+
+    _stage_changed(monkeypatch, "axial_moments", moments)
     monkeypatch.setattr(reference, "sea_attention_folded", swapped)
 
 
@@ -157,15 +169,27 @@ def _weight_changed(index, change):
 
 
 def _soft_gate(monkeypatch):
-    gate, folded = ops.gate, reference.sea_attention_folded
-    monkeypatch.setattr(ops, "gate", lambda x, y, hard, backend: gate(x, y, not hard, backend))
+    folded = reference.sea_attention_folded
+    for name in ("normalize_gate", "normalize_gate_sums", "normalize_gate_backward"):
+        _stage_changed(monkeypatch, name, lambda stage, *a: stage(*a[:-1], not a[-1]))
     monkeypatch.setattr(reference, "sea_attention_folded", lambda *a: folded(*a[:-1], False))
 
 
 def _activation_unclipped(monkeypatch):
     activate = reference.activate
+    through = normalized._through_activation
+
+    def unclipped(name):
+        return "relu" if name == "relu6" else name
+
     monkeypatch.setattr(
         reference, "activate", lambda x, name, slope, **options: activate(x, "relu", slope)
+    )
+    monkeypatch.setattr(
+        normalized, "activate", lambda x, name, slope: activate(x, unclipped(name), slope)
+    )
+    monkeypatch.setattr(
+        normalized, "_through_activation", lambda g, z, name, s: through(g, z, unclipped(name), s)
     )
 
 
