@@ -30,11 +30,15 @@ from seaattn_kernels.reference import activate
 _MAP = (0, 2, 3)
 
 
-def _like(out: Tensor, y: Tensor) -> Tensor:
-    """``out`` with its channels beside another where those of ``y``, whole or a slice of a
-    channels_last map, are; contiguous otherwise."""
+def layout_of(y: Tensor) -> torch.memory_format:
+    """Of what is made of a map: channels_last where the channels of ``y``, whole or a slice of a
+    channels_last map, lie beside another; contiguous otherwise."""
     pixels = y.stride(1) == 1 and not y.is_contiguous()
-    return out.contiguous(memory_format=torch.channels_last if pixels else torch.contiguous_format)
+    return torch.channels_last if pixels else torch.contiguous_format
+
+
+def _like(out: Tensor, y: Tensor) -> Tensor:
+    return out.contiguous(memory_format=layout_of(y))
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

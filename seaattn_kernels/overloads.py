@@ -338,8 +338,7 @@ def _like_map(v, *rest):
 
 def _like_pixels(y, *rest):
     """As :func:`_like_map` for a stage, which takes slices of channels_last maps for such maps."""
-    pixels = y.stride(1) == 1 and not y.is_contiguous()
-    layout = torch.channels_last if pixels else torch.contiguous_format
+    layout = normalized.layout_of(y)
     return torch.empty(y.shape, dtype=y.dtype, device=y.device, memory_format=layout)
 
 
