@@ -14,8 +14,9 @@ SEAFORMER_INPUTS = {
 }
 YOLO_INPUTS = {"640": (640, 640)}
 
-#: Sides of the square maps on which scaling is shown.
+#: Sides of the square maps on which scaling is shown, and those beyond the table of cases.
 SWEEP_SIDES = (8, 16, 32, 64, 128)
+LARGE_SIDES = (256, 512)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from statistics import geometric_mean, mean
 from typing import NamedTuple
 
+import torch
+
 from bench.cases import CASES, SWEEP_SIDES, Case
+from bench.measure import measure
+from bench.models import attention_shares, blocks_of
+from bench.timing import with_threads
+from bench.works import Model, Setting
 
 LARGEST_PIXELS = 128 * 128
 #: The block of which square maps are added.
@@ -117,6 +123,24 @@ def _threads(count: int) -> str:
     return f"{count} thread{'s' * (count != 1)}"
 
 
+def measured_models(
+    variants: Iterable[str], threads: Sequence[int], seconds: float, log: Callable[[str], None]
+) -> list[dict]:
+    """Rows of SeaFormer segmenters, eager and ours, with the share that the attention has."""
+    rows = []
+    for variant in variants:
+        work = Model(variant, Setting(torch.device("cpu"), torch.float32))
+        found = measure(work, ["auto"], seconds, log=log, threads=threads)
+        models, x = [work.candidate(name) for name in ("eager", "auto")], work.given(0)
+        for row in found:
+            if row["provider"] == "auto":
+                with with_threads(row["threads"]):
+                    shares = attention_shares(*models, blocks_of(work.module), x)
+                row["attention_share_eager"], row["attention_share"] = shares
+        rows += found
+    return rows
+
+
 class Target(NamedTuple):
     """A bound on a figure, and whether figures are to lie below it or above."""
 
@@ -219,23 +243,33 @@ def summary_table(found: Sequence[Mapping]) -> str:
 def other_lines(rows: Sequence[Mapping]) -> str:
     """What is to be said of memory, for each number of threads, and of each whole model."""
     lines = []
-    memory = [row for row in rows if row["kind"] == "memory"]
-    for threads in dict.fromkeys(row["threads"] for row in memory):
-        chosen = [row for row in memory if row["threads"] == threads]
-        most = max(chosen, key=lambda row: row["of_eager"])
-        share = geometric_mean(row["of_eager"] for row in chosen)
-        at_once = geometric_mean(row["scratch_bytes"] / row["eager_peak_bytes"] for row in chosen)
+    for threads, maps in by_map(rows).items():
+        chosen = [
+            (found["auto"]["peak_bytes"] / found["eager"]["allocated_bytes"], found)
+            for found in maps
+            if "eager" in found
+        ]
+        most, where = max(chosen, key=lambda pair: pair[0])
+        share = _mean(share for share, _ in chosen)
+        at_once = _mean(
+            found["auto"]["peak_bytes"] / found["eager"]["peak_bytes"] for _, found in chosen
+        )
         lines.append(
             f"scratch of our block, {_threads(threads)}: {100 * share:.1f} % of what eager "
-            f"allocates (geometric mean; most {100 * most['of_eager']:.0f} %, {_where(most)}), "
+            f"allocates (geometric mean; most {100 * most:.0f} %, {_where(where['auto'])}), "
             f"{100 * at_once:.0f} % of what eager holds at once"
         )
     lines += [
-        f"{row['case']} at {_size(row)}, {_threads(row['threads'])}: "
-        f"eager {row['ms_eager']:.1f} ms, of which attention "
+        f"{row['what']} at {_size(row)}, {_threads(row['threads'])}: "
+        f"eager {row['ms'] * row['speedup']:.1f} ms, of which attention "
         f"{100 * row['attention_share_eager']:.0f} %; replaced {row['ms']:.1f} ms, "
         f"{100 * row['attention_share']:.0f} %: {row['speedup']:.2f}x"
         for row in rows
-        if row["kind"] == "model"
+        if row["kind"] == "model" and row["provider"] == "auto"
     ]
     return "\n".join(lines)
+
+
+def _mean(shares: Iterable[float]) -> float:
+    """Geometric, where nothing counts as a thousandth."""
+    return geometric_mean(max(share, 1e-3) for share in shares)

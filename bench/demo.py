@@ -7,16 +7,18 @@ import textwrap
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from bench import results
 from bench.cases import CASES, SWEEP_SIDES
+from bench.eager import as_eager
 from bench.measure import DTYPES, auto_backend, busy, device_argument, measure
-from bench.models import Segmenter
+from bench.models import same_class
 from bench.picture import SIDE, photograph
 from bench.plot import plot
-from seaattn_kernels import seaformer
+from bench.works import Block, Model, Setting
+from seaattn_kernels import replace_sea_attention, seaformer
 from seaattn_kernels.budget import SEEDS
 from seaattn_kernels.verify import randomise
 
@@ -64,9 +66,10 @@ def run(
         print(f"cannot be loaded: {str(error).splitlines()[0]}", file=sys.stderr)
         return 1
     name = "matplotlib's sample photograph" if image is None else Path(image).name
-    title = f"SeaFormer-{variant.upper()} segmenter"
-    print(f"{title}, {weights}, {name} at {SIDE}x{SIDE}")
-    ok, model_row = _model(model, picture, title, device, dtype, seconds)
+    setting = Setting(device, DTYPES[dtype])
+    work = Model(variant, setting, model, picture)
+    print(f"{work.what}, {weights}, {name} at {SIDE}x{SIDE}")
+    ok, model_row = _model(work, seconds)
 
     case = CASES[f"{variant.upper()}1"]
     print(f"\nThe attention block {case.name} (C={case.channels}, D={case.key_dim}, "
@@ -82,7 +85,7 @@ def run(
         found = {
             row["provider"]: row
             for row in measure(
-                case, (side, side), [ours], device, DTYPES[dtype], seconds=seconds,
+                Block(case, (side, side), setting), [ours], seconds,
                 seeds=SEEDS[:3] if quick else SEEDS, log=tqdm.write,
             )
         }  # fmt: skip
@@ -104,7 +107,7 @@ def run(
     document = results.document([*model_row, *rows], device)
     results.write(folder / "demo.json", document)
     print("\neverything verified" if ok else "\nVERIFICATION FAILED")
-    print(plot(document, folder / "demo.png"))
+    print(plot(document, folder / "demo.png")[0])
     return 0 if ok else 1
 
 
@@ -120,20 +123,22 @@ def _load(variant: str, checkpoint: Path | str | None) -> tuple[nn.Module, str]:
     )
 
 
-def _model(
-    model: nn.Module, x: Tensor, title: str, device: torch.device, dtype: str, seconds: float
-) -> tuple[bool, list[dict]]:
-    """The segmenter on the photograph: prints, and returns whether it is right, and its row."""
-    model = model.to(device, DTYPES[dtype]).eval()
-    segmenter = Segmenter(model, x.to(device, DTYPES[dtype]), title)
+def _model(work: Model, seconds: float) -> tuple[bool, list[dict]]:
+    """The segmenter on the photograph: prints, and returns whether it is right, and its rows."""
+    eager = as_eager(work.module)
+    ours = as_eager(work.module)
+    report = replace_sea_attention(ours)
     print("\n>>> print(replace_sea_attention(model))")
-    print(textwrap.indent(str(segmenter.report), "    "))
-    measured = segmenter.measure(seconds)
-    if "ours" not in measured.timings:
-        print(f"  ours is not timed, it is {measured.refused['ours']}")
+    print(textwrap.indent(str(report), "    "))
+    rows = measure(work, ["auto"], seconds)
+    if [row["provider"] for row in rows] != ["eager", "auto"]:
         return False, []
-    row = segmenter.row(measured)
-    print(f"  error against float64  {measured.verdicts['ours']}")
-    print(f"  same class as eager    {100 * row['same_class']:.3f} % of the pixels")
-    print(f"  eager {row['ms_eager']:.1f} ms, ours {row['ms']:.1f} ms: {row['speedup']:.2f}x")
-    return True, [row]
+    row = rows[-1]
+    print(
+        f"  error against float64  rms {row['rms_error']:.2e} (eager {row['rms_error_eager']:.2e}),"
+        f" max {row['max_error']:.2e} (eager {row['max_error_eager']:.2e})"
+    )
+    same = same_class(eager, ours, work.given(0))
+    print(f"  same class as eager    {100 * same:.3f} % of the pixels")
+    print(f"  eager {rows[0]['ms']:.1f} ms, ours {row['ms']:.1f} ms: {row['speedup']:.2f}x")
+    return True, rows

@@ -1,9 +1,10 @@
 """The limit that every time is held against, measured in the run it stands in.
 
-On a CPU it is the *product time*: the block's own matrix products, each alone by ``torch.mm`` in
-the better of two layouts. On a GPU it is the larger of FLOP / matrix rate and bytes / copy
-bandwidth, plus one launch of a kernel that does next to nothing. A library with a better kernel for
-such shapes than ``torch.mm`` can beat the product time.
+Of a block on a CPU it is the *product time*: the block's own matrix products, each alone by
+``torch.mm`` in the better of two layouts. A library with a better kernel for such shapes can beat
+it. Of everything else it is the roofline: the larger of FLOP / the rate of a large matrix product
+and bytes / the bandwidth of a large copy, on a GPU plus one launch of a kernel that does next to
+nothing. Tensors that stay in a cache from call to call can beat that.
 """
 
 from collections import Counter
@@ -15,25 +16,36 @@ import torch
 from bench.cases import Case
 from bench.timing import Timing
 
-SGEMM_SIDE = 1024
-#: Large enough for the full rate of a GPU, and for a copy to leave its caches behind.
-GPU_MATRIX_SIDE = 8192
-GPU_COPY_BYTES = 2**30
+#: Large enough for the full rate of a device, and for a copy to leave its caches behind.
+_MATRIX_SIDE = {"cpu": 1024, "cuda": 8192}
+_COPY_BYTES = {"cpu": 2**26, "cuda": 2**30}
+
+
+class Ceilings(NamedTuple):
+    """Rates that no kernel exceeds: FLOP/s of a large product, bytes/s of a copy; a launch."""
+
+    flops: float
+    bandwidth: float
+    launch: float
 
 
 class Limit(NamedTuple):
-    """Seconds of the limit; the GFLOP/s it means, and of a large matrix product beside it."""
+    """Seconds of the limit, and the ceilings of the same run."""
 
     seconds: float
-    gflops: float
-    matrix_gflops: float
+    ceilings: Ceilings
 
 
-def products(case: Case, height: int, width: int, batch: int) -> Counter[tuple[int, int, int]]:
-    """``(M, K, N)`` of the products ``(M, K) @ (K, N)`` of a block, the batch folded into N."""
+def products(
+    case: Case, height: int, width: int, batch: int, step: bool = False
+) -> Counter[tuple[int, int, int]]:
+    """``(M, K, N)`` of the products ``(M, K) @ (K, N)`` of a block, the batch folded into N.
+
+    A training ``step`` has two more of each: those of the gradients of map and weights.
+    """
     c, projected, values = case.channels, case.projected, case.values
     pixels, lines = batch * height * width, batch * (height + width)
-    return Counter(
+    forward = Counter(
         [
             (projected, c, pixels),
             (c, projected, pixels),
@@ -43,64 +55,65 @@ def products(case: Case, height: int, width: int, batch: int) -> Counter[tuple[i
             (projected, c, lines),
         ]
     )
+    if not step:
+        return forward
+    found = Counter(forward)
+    for (m, k, n), count in forward.items():
+        found[k, m, n] += count
+        found[m, n, k] += count
+    return found
 
 
-class ProductTime:
-    """The limit on a CPU: ``calls`` go into the timing loop, :meth:`read` takes its timings."""
+class Roofline:
+    """``calls`` go into the timing loop, :meth:`read` takes their timings out of it."""
 
-    def __init__(self, case: Case, height: int, width: int, batch: int, dtype: torch.dtype) -> None:
-        self.products = products(case, height, width, batch)
-        self.calls: dict[str, Callable[[], object]] = {}
-        for m, k, n in self.products:
+    def __init__(self, flops: int, moved: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._flops, self._bytes, self._device = flops, moved, device
+        side, size = _MATRIX_SIDE[device.type], _COPY_BYTES[device.type]
+        # On a CPU always in float32: half precision has no fast product on most of them.
+        square = torch.randn(side, side, device=device)
+        square = square.to(dtype if device.type == "cuda" else torch.float32)
+        source = torch.empty(size, device=device, dtype=torch.uint8)
+        target = torch.empty_like(source)
+        self.calls: dict[str, Callable[[], object]] = {
+            "matrix": _as_convolutions(_product(square, square)),
+            "copy": lambda: target.copy_(source),
+        }
+        if device.type == "cuda":
+            self.calls["launch"] = torch.empty(1, device=device).zero_
+
+    def read(self, timings: Mapping[str, Timing]) -> Limit:
+        ceilings = self._ceilings(timings)
+        work = max(self._flops / ceilings.flops, self._bytes / ceilings.bandwidth)
+        return Limit(work + ceilings.launch, ceilings)
+
+    def _ceilings(self, timings: Mapping[str, Timing]) -> Ceilings:
+        return Ceilings(
+            2 * _MATRIX_SIDE[self._device.type] ** 3 / timings["matrix"].median,
+            2 * _COPY_BYTES[self._device.type] / timings["copy"].median,
+            timings["launch"].median if "launch" in timings else 0.0,
+        )
+
+
+class ProductTime(Roofline):
+    """The limit of a block on a CPU."""
+
+    def __init__(self, listed: Counter[tuple[int, int, int]], dtype: torch.dtype) -> None:
+        super().__init__(0, 0, dtype, torch.device("cpu"))
+        self.products = listed
+        for m, k, n in listed:
             weights, maps = torch.randn(m, k).to(dtype), torch.randn(k, n).to(dtype)
             name = f"{m}x{k}x{n}"
             self.calls[f"{name} weights @ map"] = _product(weights, maps)
             self.calls[f"{name} map^T @ weights^T"] = _product(maps.t().contiguous(), weights.t())
-        square = torch.randn(SGEMM_SIDE, SGEMM_SIDE)
-        self.calls["sgemm"] = _product(square, square)
 
     def read(self, timings: Mapping[str, Timing]) -> Limit:
-        seconds = flops = 0.0
-        for (m, k, n), times in self.products.items():
-            name = f"{m}x{k}x{n}"
-            layouts = ("weights @ map", "map^T @ weights^T")
-            seconds += times * min(timings[f"{name} {layout}"].median for layout in layouts)
-            flops += times * 2 * m * k * n
-        sgemm = 2 * SGEMM_SIDE**3 / timings["sgemm"].median
-        return Limit(seconds, flops / seconds / 1e9, sgemm / 1e9)
-
-
-class Roofline:
-    """The limit on a GPU, with the two methods of :class:`ProductTime`."""
-
-    def __init__(
-        self,
-        case: Case,
-        height: int,
-        width: int,
-        batch: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        self.flops = case.flops(height, width, batch)
-        self.bytes = case.fewest_bytes(height, width, batch, dtype.itemsize)
-        side = GPU_MATRIX_SIDE
-        square = torch.randn(side, side, device=device, dtype=dtype)
-        source = torch.empty(GPU_COPY_BYTES, device=device, dtype=torch.uint8)
-        target = torch.empty_like(source)
-        one = torch.empty(1, device=device)
-        self.calls: dict[str, Callable[[], object]] = {
-            "matrix": _as_convolutions(_product(square, square)),
-            "copy": lambda: target.copy_(source),
-            "launch": one.zero_,
-        }
-
-    def read(self, timings: Mapping[str, Timing]) -> Limit:
-        rate = 2 * GPU_MATRIX_SIDE**3 / timings["matrix"].median
-        bandwidth = 2 * GPU_COPY_BYTES / timings["copy"].median
-        work = max(self.flops / rate, self.bytes / bandwidth)
-        seconds = work + timings["launch"].median
-        return Limit(seconds, self.flops / seconds / 1e9, rate / 1e9)
+        layouts = ("weights @ map", "map^T @ weights^T")
+        seconds = sum(
+            times * min(timings[f"{m}x{k}x{n} {layout}"].median for layout in layouts)
+            for (m, k, n), times in self.products.items()
+        )
+        return Limit(seconds, self._ceilings(timings))
 
 
 def _as_convolutions(product: Callable[[], object]) -> Callable[[], object]:
@@ -117,14 +130,6 @@ def _as_convolutions(product: Callable[[], object]) -> Callable[[], object]:
             matmul.fp32_precision = before
 
     return call
-
-
-def limit_of(
-    case: Case, height: int, width: int, batch: int, dtype: torch.dtype, device: torch.device
-) -> ProductTime | Roofline:
-    if device.type == "cuda":
-        return Roofline(case, height, width, batch, dtype, device)
-    return ProductTime(case, height, width, batch, dtype)
 
 
 def _product(a: torch.Tensor, b: torch.Tensor) -> Callable[[], object]:

@@ -1,37 +1,34 @@
-"""One block at one map: build the providers, check them, time them, give rows."""
+"""The loop: the providers of a work are built, checked, timed, and give a row each."""
 
 import argparse
-import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
 
-from bench import peers
-from bench.cases import ACTIVATION, ATTN_RATIO, Case
-from bench.eager import as_eager
-from bench.limit import Limit, limit_of
-from bench.timing import Measured, check_then_time, with_threads
-from seaattn_kernels import SeaAttention, graphed, ops
-from seaattn_kernels.budget import SEEDS
-from seaattn_kernels.verify import randomise
+from bench import memory, peers
+from bench.limit import Limit
+from bench.timing import Result, Timing, check, interleave, started, with_threads
+from bench.works import Work
+from seaattn_kernels import ops
+from seaattn_kernels.budget import SEEDS, Verdict
 
-#: eager: upstream's forward. reference: folded PyTorch. triton: the fused block, on a GPU.
+#: eager: upstream's forward. reference: folded PyTorch. triton, cpu: this package's kernels.
 #: auto: the best backend of the device. channels_last: the same on maps in that layout. compile:
 #: eager under torch.compile, compiled anew for each shape. freezing: the same with constant
 #: weights. autotune: the same on a GPU with every kernel tuned, which takes long. onnxruntime,
 #: openvino: eager in those runtimes.
 PROVIDERS = (
-    "eager", "reference", "triton", "auto", "channels_last",
+    "eager", "reference", "triton", "cpu", "auto", "channels_last",
     "compile", "freezing", "autotune", "onnxruntime", "openvino",
 )  # fmt: skip
 #: Those that are timed where nobody asks by name.
-DEFAULT_PROVIDERS = ("eager", "reference", "triton", "auto", "compile")
+DEFAULT_PROVIDERS = ("eager", "reference", "triton", "auto", "compile", *peers.PACKAGES)
 _NEED_A_GPU = ("triton", "autotune")
-_NEED_A_CPU = ("channels_last", "freezing", "onnxruntime", "openvino")
-_COMPILED = {"compile": None, "autotune": "max-autotune-no-cudagraphs"}
+_NEED_A_CPU = ("cpu", "channels_last", "freezing", *peers.PACKAGES)
 #: Above this ratio of its ends an interval says more about the machine than about the code.
 WIDE = 1.5
+#: Errors are pooled over ten maps, or over as many as hold so many numbers.
+_ENOUGH = 2**24
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -61,16 +58,17 @@ def busy(rows: Sequence[dict]) -> str | None:
     return f"{wide} of {len(rows)} intervals are wide: is the machine busy with other work?"
 
 
-def auto_backend(device: torch.device, dtype: torch.dtype) -> str:
-    """The backend that runs whole blocks where nobody asks for one.
+def auto_backend(device: torch.device, dtype: torch.dtype, what: str = "sea_attention") -> str:
+    """The backend that runs an operator, or whole blocks, where nobody asks for one.
 
     In exact float32 a GPU leaves large blocks to the reference all the same.
     """
-    return ops.choose("sea_attention", "auto", device, dtype)
+    return ops.choose(what, "auto", device, dtype)
 
 
-def refusal(provider: str, case: Case, device: torch.device, dtype: torch.dtype) -> str | None:
+def refusal(provider: str, work: Work) -> str | None:
     """Why ``provider`` cannot be timed here, or None where it can."""
+    device, dtype = work.setting.device, work.setting.dtype
     if provider in _NEED_A_GPU and device.type != "cuda":
         return f"it needs a GPU, got {device}"
     if provider in _NEED_A_CPU and device.type != "cpu":
@@ -78,16 +76,12 @@ def refusal(provider: str, case: Case, device: torch.device, dtype: torch.dtype)
     if provider in peers.PACKAGES:
         if dtype is not torch.float32:
             return f"it is set up for float32, got {dtype}"
-        return peers.refusal(provider)
-    if provider == "triton":
-        head = case.key_dim, case.values // case.heads
-        return ops.refusal("sea_attention", "triton", device, dtype, head)
-    return None
+        if reason := peers.refusal(provider):
+            return reason
+    return work.refusal(provider)
 
 
-def available(
-    providers: Sequence[str], case: Case, device: torch.device, dtype: torch.dtype
-) -> list[str]:
+def available(providers: Iterable[str], work: Work) -> list[str]:
     """Eager and those of ``providers`` that run here, in the usual order.
 
     Without "auto" where that is another of them.
@@ -95,95 +89,58 @@ def available(
     listed = [
         name
         for name in PROVIDERS
-        if name == "eager" or (name in providers and refusal(name, case, device, dtype) is None)
+        if name == "eager" or (name in providers and refusal(name, work) is None)
     ]
-    same = auto_backend(device, dtype) in listed
+    same = backend_of("auto", work) in listed
     return [name for name in listed if not (name == "auto" and same)]
 
 
-def block_of(case: Case) -> SeaAttention:
-    """The block in eval mode, every parameter and statistic random, on the CPU in float32."""
-    block = SeaAttention(case.channels, case.key_dim, case.heads, ATTN_RATIO, ACTIVATION)
-    return randomise(block).eval()
+def backend_of(provider: str, work: Work) -> str:
+    """The backend that a provider of this package comes to; others are their own."""
+    if provider not in ("auto", "channels_last"):
+        return provider
+    what = work.what if work.kind == "operator" else "sea_attention"
+    if work.kind != "operator" and work.setting.step:
+        what = "training"
+    return auto_backend(work.setting.device, work.setting.dtype, what)
 
 
-class _ChannelsLast:
-    """A model on maps in that layout, brought into it ahead of time."""
+class _Replayed:
+    """A candidate as a CUDA graph, captured anew for each input by ``bind``."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
+    def __init__(self, candidate: Callable) -> None:
+        self._candidate = candidate
 
-    def bind(self, x: Tensor) -> Tensor:
-        return x.contiguous(memory_format=torch.channels_last)
+    def bind(self, given: object) -> tuple[Callable[[], None], Result]:
+        taken = getattr(self._candidate, "bind", lambda given: given)(given)
+        try:
+            return capture(lambda: self._candidate(taken))
+        except Exception as error:  # a capture raises what it likes: the others go on
+            raise RuntimeError(f"no capture: {type(error).__name__}: {error}") from error
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self._model(x)
-
-
-def _provide(name: str, block: SeaAttention) -> Callable:
-    if name == "eager":
-        return as_eager(block)
-    if name == "channels_last":
-        return _ChannelsLast(copy.deepcopy(block))
-    if name == "freezing":
-        torch.compiler.reset()
-        return peers.Freezing(as_eager(block))
-    if name == "onnxruntime":
-        return peers.OnnxRuntime(block)
-    if name == "openvino":
-        return peers.OpenVino(block)
-    if name in _COMPILED:
-        torch.compiler.reset()
-        return torch.compile(as_eager(block), dynamic=False, mode=_COMPILED[name])
-    block = copy.deepcopy(block)
-    block.backend = name
-    return block
+    def __call__(self, captured: tuple[Callable[[], None], Result]) -> Result:
+        replay, result = captured
+        replay()
+        return result
 
 
-def _replay(model: nn.Module, copies: int) -> Callable[[Tensor], Tensor]:
-    """``model`` as a CUDA graph, captured by the first call.
-
-    A replay overwrites the result of the one before, so the first ``copies`` results, which are
-    judged together, are copies.
-    """
-    graph = None
-
-    def call(x: Tensor) -> Tensor:
-        nonlocal graph, copies
-        if graph is None:
-            try:
-                graph = graphed(model, x)
-            except Exception as error:  # a capture raises what it likes: the others go on
-                raise RuntimeError(f"no capture: {type(error).__name__}: {error}") from error
-        out = graph(x)
-        if copies == 0:
-            return out
-        copies -= 1
-        return out.clone()
-
-    return call
-
-
-def extra_bytes(call: Callable[[Tensor], Tensor], x: Tensor) -> int | None:
-    """Memory that a warm call takes at its peak, without its result; None on a CPU."""
-    if x.device.type != "cuda":
-        return None
-    call(x)
-    torch.cuda.synchronize(x.device)
-    torch.cuda.reset_peak_memory_stats(x.device)
-    before = torch.cuda.memory_allocated(x.device)
-    out = call(x)
-    taken = torch.cuda.max_memory_allocated(x.device) - before
-    return taken - out.numel() * out.element_size()
+def capture(call: Callable[[], Result]) -> tuple[Callable[[], None], Result]:
+    """The replay of a CUDA graph of ``call``, and the result that it writes."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call()
+    return graph.replay, result
 
 
 def measure(
-    case: Case,
-    size: tuple[int, int],
-    providers: Sequence[str],
-    device: torch.device,
-    dtype: torch.dtype,
-    batch: int = 1,
+    work: Work,
+    providers: Iterable[str],
     seconds: float = 2.0,
     seeds: Sequence[int] = SEEDS,
     log: Callable[[str], None] = print,
@@ -196,64 +153,101 @@ def measure(
     speed-up over eager that is replayed too. Its first call holds the capture. With ``threads`` all
     of that with each of these numbers of threads.
     """
-    block = block_of(case).to(device, dtype)
-    exact = as_eager(block).double()
-    # A batch holds as many seeds as maps: errors are pooled over ten maps, or more. The maps are
-    # inference tensors as the copies in a graph are: other ones compile a model twice.
-    with torch.inference_mode():
-        shape = (batch, case.channels, *size)
-        inputs = [_map(seed, shape, device, dtype) for seed in seeds[::batch]]
-        truth = [exact(x.double()) for x in inputs]
-    listed = available(providers, case, device, dtype)
+    setting = work.setting
+    listed = available(providers, work)
+    where = f"{work.case} {'x'.join(map(str, work.size))} {work.what} {setting.mode}"
+    judged = work.smooth()
     rows = []
+    # The maps are inference tensors where a graph's are: other ones compile a model twice.
+    with torch.inference_mode(not setting.step):
+        inputs, truth = _inputs(judged, seeds)
+        timed = inputs[0] if judged is work else work.given(seeds[0])
     for count in threads or (torch.get_num_threads(),):
-        with with_threads(count):
-            models = {name: _provide(name, block) for name in listed}
-            candidates: dict[str, Callable[[Tensor], Tensor]] = {}
-            for provider, model in models.items():
-                candidates[provider] = model
-                if graphs:
-                    candidates[f"{provider} graph"] = _replay(model, len(inputs))
-            limit = limit_of(case, *size, batch, dtype, device)
-            with torch.inference_mode():
-                measured = check_then_time(candidates, inputs, truth, seconds, limit.calls)
-                extra = {
-                    name: extra_bytes(model, inputs[0])
-                    for name, model in models.items()
-                    if name not in measured.refused
-                }
-            for name, reason in measured.refused.items():
-                log(f"{case.name} {size[0]}x{size[1]} {name} is not timed, it is {reason}")
-            bound = limit.read(measured.timings)
+        with with_threads(count), torch.inference_mode(not setting.step):
+            candidates = _candidates(judged, listed, graphs)
+            checked = check(candidates, inputs, truth, setting.dtype, setting.device, setting.step)
+            for name, reason in checked.refused.items():
+                log(f"{where} {name} is not timed, it is {reason}")
+            if judged is not work:
+                for name, candidate in _candidates(work, listed, graphs).items():
+                    if name in checked.calls:
+                        call, first, _ = started(candidate, timed, setting.device)
+                        checked.calls[name], checked.first[name] = call, first
+            limit = work.limit()
+            calls = {**checked.calls, **limit.calls}
+            timings = interleave(calls, setting.device, seconds, checked.first)
+            bound = limit.read(timings)
             rows += [
                 {
-                    "kind": "block",
-                    "case": case.name,
-                    "height": size[0],
-                    "width": size[1],
-                    "batch": batch,
-                    "dtype": str(dtype).removeprefix("torch."),
-                    "device": device.type,
-                    "threads": torch.get_num_threads(),
-                    **_row(name, measured, bound),
-                    "backend": _backend(name.split()[0], device, dtype),
-                    "extra_bytes": extra.get(name),
+                    **work.identity(),
+                    "threads": count,
+                    **_row(name, timings, checked.verdicts[name], bound, work),
+                    "backend": backend_of(name.split()[0], work),
+                    **_taken(name, checked.calls[name], setting.device),
+                    "command": repeat(work, name.split()[0], count),
                 }
-                for name in candidates
-                if name not in measured.refused
+                for name in checked.calls
             ]
     return rows
 
 
-def _backend(provider: str, device: torch.device, dtype: torch.dtype) -> str:
-    return auto_backend(device, dtype) if provider in ("auto", "channels_last") else provider
+def _inputs(work: Work, seeds: Sequence[int]) -> tuple[list, list[Result]]:
+    """Ten maps, or as many as hold enough numbers, and the results in float64."""
+    inputs, held = [], 0
+    for seed in seeds[:: work.setting.batch]:  # a batch holds as many seeds as maps
+        if held < _ENOUGH:
+            inputs.append(work.given(seed))
+            held += _numbers(inputs[-1])
+    return inputs, [work.exact(given) for given in inputs]
 
 
-def _row(name: str, measured: Measured, bound: Limit) -> dict:
-    """What was measured of a candidate."""
-    timing, verdict = measured.timings[name], measured.verdicts[name]
+@torch.inference_mode(False)  # weights made in it have no versions: a block folds them each time
+def _candidates(work: Work, providers: Iterable[str], graphs: bool) -> dict[str, Callable]:
+    found: dict[str, Callable] = {}
+    for provider in providers:
+        found[provider] = work.candidate(provider)
+        if graphs:
+            found[f"{provider} graph"] = _Replayed(found[provider])
+    return found
+
+
+def repeat(work: Work, provider: str, threads: int) -> str:
+    """The command that measures one provider again, beside eager."""
+    row = work.identity()
+    kind = {"block": "block", "operator": work.what, "model": "model"}[work.kind]
+    where = (
+        f"--models {work.case.lower()}"
+        if work.kind == "model"
+        else f"--cases {work.case} --maps {row['height']}x{row['width']}"
+    )
+    return (
+        f"python -m bench run --what {kind} --modes {row['mode']} {where} --batch {row['batch']} "
+        f"--dtype {row['dtype']} --device {row['device']} --threads {threads} --peers {provider}"
+    )
+
+
+def _numbers(given: object) -> int:
+    if isinstance(given, torch.Tensor):
+        return given.numel()
+    return sum(map(_numbers, given))
+
+
+def _taken(name: str, call: Callable[[], object], device: torch.device) -> dict:
+    """Memory of a call; of a graph, and where a runtime has its own allocator, it is unknown."""
     provider, _, graph = name.partition(" ")
-    eager = measured.timings.get("eager graph" if graph else "eager")
+    if graph or provider in peers.PACKAGES:
+        return {"peak_bytes": None, "allocated_bytes": None}
+    found = memory.allocated(call, device)
+    return {"peak_bytes": found.peak, "allocated_bytes": found.total}
+
+
+def _row(
+    name: str, timings: Mapping[str, Timing], verdict: Verdict, bound: Limit, work: Work
+) -> dict:
+    """What was measured of a candidate."""
+    timing = timings[name]
+    provider, _, graph = name.partition(" ")
+    eager = timings.get("eager graph" if graph else "eager")
     return {
         "provider": provider,
         "way": graph or "call",
@@ -261,19 +255,19 @@ def _row(name: str, measured: Measured, bound: Limit) -> dict:
         "ms_low": timing.low * 1e3,
         "ms_high": timing.high * 1e3,
         "ms_first": timing.first * 1e3,
+        "ms_cold": timing.cold and timing.cold * 1e3,
         "timed_blocks": timing.blocks,
         "speedup": eager.median / timing.median if eager else None,
+        "flops": work.flops,
+        "bytes": work.bytes,
+        "gflops": work.flops / timing.median / 1e9,
+        "gbytes": work.bytes / timing.median / 1e9,
         "ms_limit": bound.seconds * 1e3,
         "of_limit": timing.median / bound.seconds,
-        "limit_gflops": bound.gflops,
-        "matrix_gflops": bound.matrix_gflops,
+        "matrix_gflops": bound.ceilings.flops / 1e9,
+        "copy_gbytes": bound.ceilings.bandwidth / 1e9,
         "rms_error": verdict.rms,
         "rms_error_eager": verdict.eager_rms,
         "max_error": verdict.maximum,
         "max_error_eager": verdict.eager_maximum,
     }
-
-
-def _map(seed: int, shape: Sequence[int], device: torch.device, dtype: torch.dtype) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator).to(device, dtype)

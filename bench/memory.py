@@ -1,79 +1,66 @@
-"""Memory that the block takes in a forward on a CPU, beside what eager's operations allocate.
+"""Memory that a call takes beyond its result, as torch's allocators record it.
 
-Read from the profiler's record of torch's allocator: nothing is assumed of what a call needs.
+Other runtimes have allocators of their own: what they take is not seen.
 """
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile, record_function
-
-from bench.cases import Case
-from bench.eager import as_eager
-from bench.measure import block_of
-from bench.timing import with_threads
+from torch.profiler import ProfilerActivity, profile
 
 
 class Allocated(NamedTuple):
-    """Bytes beyond the result: of all tensors together, and most at once."""
+    """Bytes beyond the result: most at once, and of all allocations together (on a CPU)."""
 
-    total: int
     peak: int
+    total: int | None
 
 
-def measure(
-    jobs: Sequence[tuple[Case, tuple[int, int]]], batch: int, threads: Sequence[int]
-) -> list[dict]:
-    """A row for each map and number of threads, in float32."""
-    rows = []
-    # One record of everything: the profiler announces each on the terminal.
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        for count in threads:
-            with with_threads(count), torch.no_grad():
-                for case, size in jobs:
-                    row = {
-                        "kind": "memory",
-                        "case": case.name,
-                        "height": size[0],
-                        "width": size[1],
-                        "batch": batch,
-                        "dtype": "float32",
-                        "device": "cpu",
-                        "threads": count,
-                    }
-                    block, x = block_of(case), torch.randn(batch, case.channels, *size)
-                    for name, model in (("eager", as_eager(block)), ("ours", block)):
-                        model(x)  # which keeps folded weights
-                        with record_function(f"{name} {len(rows)}"):
-                            out: Tensor | None = model(x)
-                        row["result_bytes"] = out.numel() * out.element_size()
-                        out = None
-                    rows.append(row)
-    found = _within(record)
-    for index, row in enumerate(rows):
-        eager, ours = (_beyond(found[f"{name} {index}"], row) for name in ("eager", "ours"))
-        row["eager_bytes"], row["eager_peak_bytes"] = eager
-        row["scratch_bytes"], row["of_eager"] = ours.peak, ours.peak / eager.total
-    return rows
+def allocated(call: Callable[[], object], device: torch.device) -> Allocated:
+    """What a warm ``call`` allocates; its result is a tensor or a sequence of them."""
+    call()
+    return _on_a_gpu(call, device) if device.type == "cuda" else _on_a_cpu(call)
 
 
-def _within(record: profile) -> dict[str, list[int]]:
-    """Bytes that were allocated (or freed, below 0) within each ``record_function``, in order."""
+def _on_a_gpu(call: Callable[[], object], device: torch.device) -> Allocated:
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    result = _bytes(call())
+    return Allocated(torch.cuda.max_memory_allocated(device) - before - result, None)
+
+
+def _on_a_cpu(call: Callable[[], object]) -> Allocated:
+    with _silent(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        out = call()
+    result = _bytes(out)
+    del out
     events = sorted(record.profiler.kineto_results.events(), key=lambda event: event.start_ns())
-    spans = {e.name(): (e.start_ns(), e.end_ns()) for e in events if e.is_user_annotation()}
-    memory = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
-    return {
-        name: [size for time, size in memory if begin <= time <= end]
-        for name, (begin, end) in spans.items()
-    }
-
-
-def _beyond(sizes: Sequence[int], row: dict) -> Allocated:
+    sizes = [event.nbytes() for event in events if event.name() == "[memory]"]
     held = peak = 0
     for size in sizes:
         held += size
         peak = max(peak, held)
-    total = sum(size for size in sizes if size > 0)
-    return Allocated(total - row["result_bytes"], peak - row["result_bytes"])
+    return Allocated(peak - result, sum(size for size in sizes if size > 0) - result)
+
+
+def _bytes(out: object) -> int:
+    tensors: Sequence = (out,) if isinstance(out, Tensor) else out
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Keep off the terminal what the profiler says at its begin and end, below Python."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)

@@ -80,7 +80,8 @@ class _Exported:
     def bind(self, x: Tensor) -> _Bound:
         if self._loaded is None:
             self._loaded = self._load(exported(self._block, tuple(x.shape)))
-        out = torch.empty_like(x)
+            self._shape = as_eager(self._block).to("meta")(x.to("meta")).shape
+        out = x.new_empty(self._shape)
         return x, out, self._connect(x, out)
 
     def __call__(self, bound: _Bound) -> Tensor:

@@ -1,11 +1,12 @@
-"""A chart from a result file alone: speed-up and time by the size of the map, or losses."""
+"""Pictures from a result file alone: speed-up, time, roofline, losses."""
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import geometric_mean
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator
@@ -17,6 +18,7 @@ _STYLES = {
     "eager": {"color": "#56B4E9", "marker": "s", "linestyle": ":"},
     "reference": {"color": "#E69F00", "marker": "o", "linestyle": "-."},
     "triton": {"color": "#009E73", "marker": "v", "linestyle": "-"},
+    "cpu": {"color": "#117733", "marker": "h", "linestyle": "-"},
     "auto": {"color": "#0072B2", "marker": "D", "linestyle": "-"},
     "compile": {"color": "#CC79A7", "marker": "^", "linestyle": (0, (5, 1, 1, 1, 1, 1))},
     "autotune": {"color": "#D55E00", "marker": "P", "linestyle": (0, (1, 1))},
@@ -30,6 +32,7 @@ _LABELS = {
     "eager": "eager PyTorch",
     "reference": "reference (folded PyTorch)",
     "triton": "seaattn_kernels (Triton)",
+    "cpu": "seaattn_kernels (C++)",
     "auto": "seaattn_kernels",
     "compile": "torch.compile",
     "autotune": "torch.compile, max-autotune",
@@ -41,34 +44,48 @@ _LABELS = {
 }
 
 _Points = Mapping[str, Mapping[int, Sequence[float]]]
+#: Providers that are this package.
+_OURS = ("reference", "triton", "cpu", "auto", "channels_last")
 
 
-def plot(results: Mapping, path: Path) -> Path:
-    """Draw the blocks of a result file into a PNG, called and not replayed, or its operators.
+def plot(results: Mapping, path: Path) -> list[Path]:
+    """Draw the pictures of a result file, called and not replayed, beside ``path``, a PNG.
 
-    Points are cases; a line, or a bar, is their geometric mean. Of training runs it draws the
-    losses.
+    Blocks: speed-up and time by the size of the map, with the slope at which time grows; points are
+    cases and lines their geometric mean. Roofline: FLOP/s by FLOP a byte. Operators, training steps
+    and models: speed-up. Training runs: losses. The first picture is at ``path``, the others have
+    what they show at the end of its name.
 
     Raises:
         ValueError: if there is nothing of these.
     """
-    # Older files have no ways: every block in them is called.
-    rows = [
-        row
-        for row in results["rows"]
-        if row["kind"] == "block" and row.get("way", "call") == "call"
-    ]
-    operators = [row for row in results["rows"] if row["kind"] == "operator"]
-    training = [row for row in results["rows"] if row["kind"] == "training"]
-    if not rows and not operators and not training:
+    rows = results["rows"]
+    called = [row for row in rows if row.get("way", "call") == "call"]
+    # Older files have no modes: every row in them is a forward.
+    forward = [row for row in called if row.get("mode", "forward") == "forward"]
+    blocks = [row for row in forward if row["kind"] == "block"]
+    training = [row for row in rows if row["kind"] == "training"]
+    compared = [
+        row for row in called
+        if row["kind"] in ("operator", "model") or row.get("mode") == "step"
+    ]  # fmt: skip
+    # Files of before the roofline do not have what it needs.
+    placed = [row for row in forward if row["kind"] != "model" and "copy_gbytes" in row]
+    figures = {
+        "": _blocks(results, blocks) if blocks else None,
+        "losses": _training(results, training) if training else None,
+        "speedups": _speedups(results, compared) if any("what" in r for r in compared) else None,
+        "roofline": _roofline(results, placed) if placed else None,
+    }
+    found = [(name, figure) for name, figure in figures.items() if figure]
+    if not found:
         raise ValueError("nothing to draw: the results hold no block, operator or training run")
-    if training:
-        figure = _training(results, training)
-    else:
-        figure = _blocks(results, rows) if rows else _operators(results, operators)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    return path
+    paths = []
+    for index, (name, figure) in enumerate(found):
+        paths.append(path.with_stem(f"{path.stem}-{name}") if index else path)
+        figure.savefig(paths[-1], dpi=150)
+    return paths
 
 
 def _blocks(results: Mapping, rows: Sequence[Mapping]) -> Figure:
@@ -100,7 +117,8 @@ def _chart(left: Axes, right: Axes, rows: Sequence[Mapping]) -> None:
     left.set_ylabel("speed-up over eager PyTorch")
     left.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}x"))
 
-    _draw(right, times)
+    scaling = [row for row in rows if row["case"] == _swept(rows)]
+    _draw(right, times, _slopes(_collect(scaling)[1]))
     right.set_yscale("log")
     right.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     right.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
@@ -117,43 +135,96 @@ def _chart(left: Axes, right: Axes, rows: Sequence[Mapping]) -> None:
         axes.legend(fontsize="small" if len(times) > 6 else None)
 
 
-def _operators(results: Mapping, rows: Sequence[Mapping]) -> Figure:
-    """Speed-up by operator: forward and step, called and replayed from a graph."""
-    ways = list(dict.fromkeys(row["way"] for row in rows))
-    names = list(dict.fromkeys(row["operator"] for row in rows))
-    providers = [
-        name for name in ("compile", "triton") if name in {row["provider"] for row in rows}
-    ]
-    figure = Figure(figsize=(5.5 * len(ways), 7), layout="constrained")
-    for axes, (mode, way) in zip(
-        figure.subplots(2, len(ways), squeeze=False, sharey=True).flat,
-        [(mode, way) for mode in ("forward", "step") for way in ways],
-        strict=True,
-    ):
+def _swept(rows: Sequence[Mapping]) -> str:
+    """The case with most maps: one block alone shows how its time grows."""
+    maps = {(row["case"], row["height"], row["width"]) for row in rows}
+    return Counter(case for case, _, _ in maps).most_common(1)[0][0]
+
+
+def _slopes(times: _Points) -> dict[str, str]:
+    """``time ~ pixels^k`` by least squares over maps from 32x32, where work outweighs calls."""
+    found = {}
+    for name, points in times.items():
+        large = [(x, geometric_mean(y)) for x, y in points.items() if x >= 32 * 32]
+        if len(large) >= 3:
+            slope, _ = np.polyfit(*np.log2(np.array(large)).T, 1)
+            found[name] = f", ~ pixels^{slope:.2f}"
+    return found
+
+
+def _speedups(results: Mapping, rows: Sequence[Mapping]) -> Figure:
+    """Of operators, steps and models over eager, a chart for each mode; points are maps."""
+    modes = list(dict.fromkeys(row["mode"] for row in rows))
+    rows = [row for row in rows if row["provider"] != "eager" and row["speedup"]]
+    names = list(dict.fromkeys(_subject(row) for row in rows))
+    providers = [name for name in _STYLES if name in {row["provider"] for row in rows}]
+    figure = Figure(figsize=(11, 4.2 * len(modes)), layout="constrained")
+    wide = 0.8 / max(1, len(providers))
+    for axes, mode in zip(figure.subplots(len(modes), 1, squeeze=False).flat, modes, strict=True):
+        highest = 1.0
         for shift, provider in enumerate(providers):
-            points = [
-                [
+            style = _STYLES[provider]
+            color, label = style["color"], _LABELS[provider]
+            for x, name in enumerate(names):
+                found = [
                     row["speedup"]
                     for row in rows
-                    if (row["mode"], row["way"], row["provider"], row["operator"])
-                    == (mode, way, provider, name)
+                    if (row["mode"], row["provider"], _subject(row)) == (mode, provider, name)
                 ]
-                for name in names
-            ]
-            at = [index + 0.4 * shift - 0.2 for index in range(len(names))]
-            color, label = _STYLES[provider]["color"], _LABELS[provider]
-            means = [geometric_mean(values) if values else 0 for values in points]
-            axes.bar(at, means, 0.38, color=color, label=label)
-            for x, values in zip(at, points, strict=True):
-                axes.plot([x] * len(values), values, "k.", markersize=3)
-        axes.axhline(1, color="black", linewidth=0.8)
-        axes.set_xticks(range(len(names)), names, rotation=20)
-        axes.set_title(f"{mode}, {way}", fontsize=10)
+                if not found:
+                    continue
+                at = x + wide * (shift + 0.5) - 0.4
+                axes.bar(at, geometric_mean(found), 0.9 * wide, color=color, label=label)
+                axes.plot([at] * len(found), found, "k.", markersize=3)
+                label, highest = None, max(highest, *found)
+        axes.set_ylim(0, 1.15 * highest)
+        axes.axhspan(0, 1, color="0.88", zorder=0)
+        axes.set_xticks(range(len(names)), names, rotation=12)
+        axes.set_title(f"{mode} (grey: slower than eager)", fontsize=10)
+        axes.set_ylabel("speed-up over eager PyTorch")
         axes.grid(axis="y", color="0.8", linewidth=0.5)
-    figure.axes[0].set_ylabel("speed-up over eager PyTorch")
-    figure.axes[0].legend()
+        axes.legend(fontsize="small")
     kinds = ", ".join(dict.fromkeys(_what(row) for row in rows))
-    figure.suptitle(f"Operators of {_cases(rows)}, {kinds}\n{_where(results)}", fontsize=10)
+    figure.suptitle(f"Operators, training steps, models, {kinds}\n{_where(results)}", fontsize=10)
+    return figure
+
+
+def _subject(row: Mapping) -> str:
+    return f"SeaFormer-{row['case']}" if row["kind"] == "model" else row["what"]
+
+
+def _roofline(results: Mapping, rows: Sequence[Mapping]) -> Figure:
+    """FLOP/s by FLOP a byte, of ours and eager, beneath what the machine can do."""
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    axes = figure.subplots()
+    # The ceilings are measured beside every work: their medians hold for all.
+    matrix = float(np.median([row["matrix_gflops"] for row in rows]))
+    copy = float(np.median([row["copy_gbytes"] for row in rows]))
+    ours = next(name for name in reversed(_OURS) if name in {row["provider"] for row in rows})
+    intensities = []
+    for name in ("eager", ours):
+        style = {**_STYLES[name], "linestyle": ""}
+        for kind in dict.fromkeys(row["kind"] for row in rows):
+            found = [row for row in rows if (row["provider"], row["kind"]) == (name, kind)]
+            x = [row["flops"] / row["bytes"] for row in found]
+            intensities += x
+            full = "full" if kind == "block" else "none"
+            axes.plot(
+                x, [row["gflops"] for row in found],
+                **style, fillstyle=full, markersize=5, label=f"{_LABELS[name]}, {kind}s",
+            )  # fmt: skip
+    low, high = min(intensities) / 2, max(*intensities, matrix / copy) * 2
+    x = np.geomspace(low, high, 200)
+    axes.plot(x, np.minimum(matrix, copy * x), color="black", label="roofline")
+    axes.annotate(f"{matrix:.0f} GFLOP/s, large product", (high, matrix), ha="right", va="bottom")
+    axes.annotate(f"{copy:.0f} GB/s, large copy", (low, copy * low), ha="left", va="bottom")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("FLOP a byte: each input read once, each output written once")
+    axes.set_ylabel("GFLOP/s")
+    axes.grid(color="0.8", linewidth=0.5)
+    axes.legend(fontsize="small")
+    figure.suptitle(f"Roofline, forward, {_what(rows[0])}\n{_where(results)}", fontsize=10)
     return figure
 
 
@@ -201,7 +272,8 @@ def _collect(rows: Sequence[Mapping]) -> tuple[_Points, _Points]:
     return speedups, times
 
 
-def _draw(axes: Axes, lines: _Points) -> None:
+def _draw(axes: Axes, lines: _Points, more: Mapping[str, str] | None = None) -> None:
+    """``more``: what is added to the labels of lines."""
     for name, style in _STYLES.items():
         if name not in lines:
             continue
@@ -215,7 +287,8 @@ def _draw(axes: Axes, lines: _Points) -> None:
                 color=style["color"], marker=style["marker"], linestyle="", markersize=3, alpha=0.5,
             )  # fmt: skip
             style = {**style, "marker": ""}
-        axes.plot([x for x, _ in points], mean, label=_LABELS[name], **style)
+        label = _LABELS[name] + (more or {}).get(name, "")
+        axes.plot([x for x, _ in points], mean, label=label, **style)
 
 
 def _name(row: Mapping) -> str:

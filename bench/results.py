@@ -122,3 +122,8 @@ def write(path: Path, results: dict) -> None:
 
 def read(path: Path) -> dict:
     return json.loads(path.read_text())
+
+
+def differences(old: dict, new: dict) -> list[str]:
+    """Which of machine, versions and commit two result files do not share."""
+    return [name for name in ("machine", "versions", "commit") if old.get(name) != new.get(name)]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from bench.cases import CASES
 from bench.eager import as_eager
-from bench.measure import block_of
+from bench.works import block_of
 
 NAMES = ("B1", "B2", "YOLOv8n-P3")
 BATCH, SIZE = 2, (32, 32)

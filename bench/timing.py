@@ -2,14 +2,16 @@
 
 A time means something only beside another one of the same run. So candidates take turns in short
 blocks, the order rotates, and the median over blocks is reported with an interval. The first call
-(folding, compilation, page faults) is timed apart.
+(folding, compilation, page faults) is timed apart. On a GPU blocks are timed by events, warm, and
+once more a call at a time with the L2 cache overwritten before each.
 """
 
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,22 +24,34 @@ MOST_REPETITIONS = 1000
 FEWEST_ROUNDS = 5
 #: Thread pools spin on after a call; the next candidate must not share the cores with them.
 PAUSE_SECONDS = 0.005
+#: Calls of a block that are timed with a cold L2 cache.
+COLD_CALLS = 5
+
+Result = Tensor | Sequence[Tensor]
 
 
 class Timing(NamedTuple):
-    """Seconds a call: the median over blocks, its 95 % interval, and the first call."""
+    """Seconds a call: the median over blocks, its 95 % interval, and the first call.
+
+    ``cold``: the median with the L2 cache overwritten before each call; None on a CPU.
+    """
 
     median: float
     low: float
     high: float
     first: float
     blocks: int
+    cold: float | None = None
 
 
-class Measured(NamedTuple):
-    """Timings of the candidates that are right, and the reason against each of the others."""
+class Checked(NamedTuple):
+    """The calls of candidates that are right, the seconds of their first ones, all verdicts.
 
-    timings: dict[str, Timing]
+    ``refused``: the reason against each that is not right.
+    """
+
+    calls: dict[str, Callable[[], Result]]
+    first: dict[str, float]
     verdicts: dict[str, Verdict]
     refused: dict[str, str]
 
@@ -80,6 +94,8 @@ def interleave(
     device = torch.device(device)
     first = dict(first or {})
     samples: dict[str, list[float]] = {name: [] for name in calls}
+    cold: dict[str, list[float]] = {name: [] for name in calls}
+    flush = _flush(device)
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         for name, call in calls.items():
             if name not in first:
@@ -95,66 +111,94 @@ def interleave(
                 time.sleep(PAUSE_SECONDS)
                 calls[name]()
                 samples[name].append(_block(calls[name], repetitions[name], device))
+                if flush:
+                    cold[name] += _cold(calls[name], flush)
             names.append(names.pop(0))
             rounds += 1
     return {
-        name: Timing(float(np.median(times)), *median_interval(times), first[name], len(times))
+        name: Timing(
+            float(np.median(times)),
+            *median_interval(times),
+            first[name],
+            len(times),
+            float(np.median(cold[name])) if cold[name] else None,
+        )
         for name, times in samples.items()
     }
 
 
-def check_then_time(
-    candidates: Mapping[str, Callable[[Tensor], Tensor]],
-    inputs: Sequence[Tensor],
-    truth: Sequence[Tensor],
-    seconds: float = 2.0,
-    alongside: Mapping[str, Callable[[], object]] | None = None,
-) -> Measured:
-    """Judge every candidate over all ``inputs``, then time those that are right on the first one.
+def check(
+    candidates: Mapping[str, Callable[[Any], Result]],
+    inputs: Sequence[Any],
+    truth: Sequence[Result],
+    dtype: torch.dtype,
+    device: str | torch.device = "cpu",
+    gradients: bool = False,
+) -> Checked:
+    """Judge every candidate over all ``inputs``.
 
     Args:
-        candidates: functions of a map; ``"eager"`` is among them and is the measure of the others.
-        inputs: maps of one shape, dtype and device.
-        truth: what the function makes of them in float64.
-        seconds: for the timing; see :func:`interleave`.
-        alongside: calls timed in the same loop and not judged, such as those of a limit.
+        candidates: functions of one input; ``"eager"`` is among them and is the measure of the
+            others. Their results are a tensor or a sequence of them.
+        inputs: what a candidate takes: a map, or whatever else all of them understand.
+        truth: the results in float64.
+        dtype: of the results; with ``device``, where they are made.
+        gradients: results hold some: each tensor is measured by its largest value, and all are
+            held to the budget of gradients.
 
-    A candidate with a method ``bind`` is called on what that makes of a map, ahead of time. A
-    candidate that errs by more than the budget, or raises, is refused, not timed.
+    A candidate with a method ``bind`` is called on what that makes of an input, ahead of time. A
+    candidate that errs by more than the budget, or raises, is refused. The calls are those on the
+    first input.
     """
-    device, dtype = inputs[0].device, inputs[0].dtype
+    device = torch.device(device)
+    exact = [tensor for result in truth for tensor in _tensors(result)]
+    sizes = [t.detach().abs().max().clamp(min=1e-6) for t in exact]
+
+    def measured(results: Sequence[Result]) -> list[Tensor]:
+        tensors = [tensor for result in results for tensor in _tensors(result)]
+        if not gradients:
+            return tensors
+        return [t.detach().double() / size for t, size in zip(tensors, sizes, strict=True)]
+
+    exact = measured(truth)
     eager: list[Tensor] = []
-    bound: dict[str, object] = {}
-    first: dict[str, float] = {}
-    verdicts: dict[str, Verdict] = {}
-    refused: dict[str, str] = {}
+    found = Checked({}, {}, {}, {})
     for name in sorted(candidates, key=lambda name: name != "eager"):
-        call = candidates[name]
-        bind = getattr(call, "bind", None) or (lambda x: x)
-
-        def start(call=call, bind=bind) -> tuple[object, Tensor]:
-            return (taken := bind(inputs[0])), call(taken)
-
+        candidate = candidates[name]
         try:
-            first[name], (bound[name], out) = timed_call(start, device)
-            outputs = [out, *(call(bind(x)) for x in inputs[1:])]
+            call, first, out = started(candidate, inputs[0], device)
+            others = (started(candidate, x, device)[2] for x in inputs[1:])
+            outputs = measured([out, *others])
         except Exception as error:  # compilers raise what they like: the others go on
             if name == "eager":
                 raise
             lines = str(error).strip().splitlines() or ["no message"]
-            refused[name] = f"raises {type(error).__name__}: {lines[0]}"
+            found.refused[name] = f"raises {type(error).__name__}: {lines[0]}"
             continue
         eager = eager or outputs
-        verdicts[name] = judge(outputs, eager, truth, dtype)
-        if not verdicts[name].ok:
-            refused[name] = f"wrong: {verdicts[name]}"
-    calls = {
-        name: lambda call=call, taken=bound[name]: call(taken)
-        for name, call in candidates.items()
-        if name not in refused
-    }
-    timings = interleave({**calls, **(alongside or {})}, device, seconds, first)
-    return Measured(timings, verdicts, refused)
+        found.verdicts[name] = judge(outputs, eager, exact, dtype, gradient=gradients)
+        if found.verdicts[name].ok:
+            found.calls[name], found.first[name] = call, first
+        else:
+            found.refused[name] = f"wrong: {found.verdicts[name]}"
+    return found
+
+
+def started(
+    candidate: Callable[[Any], Result], given: object, device: torch.device
+) -> tuple[Callable[[], Result], float, Result]:
+    """A candidate bound to an input: the call, seconds of the first, its result."""
+    bind = getattr(candidate, "bind", None) or (lambda x: x)
+
+    def start() -> tuple[object, Result]:
+        return (taken := bind(given)), candidate(taken)
+
+    seconds, (taken, out) = timed_call(start, device)
+    return partial(candidate, taken), seconds, out
+
+
+def _tensors(result: Result) -> Sequence[Tensor]:
+    return (result,) if isinstance(result, Tensor) else result
 
 
 def timed_call(call: Callable[[], object], device: torch.device) -> tuple[float, object]:
@@ -184,3 +228,23 @@ def _block(call: Callable[[], object], repetitions: int, device: torch.device) -
     for _ in range(repetitions):
         call()
     return (time.perf_counter() - start) / repetitions
+
+
+def _flush(device: torch.device) -> Callable[[], object] | None:
+    """Writes more than the L2 cache holds; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
+    return torch.empty(size, dtype=torch.uint8, device=device).zero_
+
+
+def _cold(call: Callable[[], object], flush: Callable[[], object]) -> list[float]:
+    """Seconds of single calls, each after ``flush``."""
+    pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(COLD_CALLS)]
+    for begin, end in pairs:
+        flush()
+        begin.record()
+        call()
+        end.record()
+    torch.cuda.synchronize()
+    return [begin.elapsed_time(end) / 1e3 for begin, end in pairs]
