@@ -1,4 +1,5 @@
 import os
+from pathlib import Path
 
 # Threads that wait by spinning make a busy machine a hundred times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -18,7 +19,13 @@ torch.backends.cudnn.allow_tf32 = False
 torch.set_num_threads(min(2, os.cpu_count() or 1))
 
 
+_REGRESSION = Path(__file__).parent / "regression"
+
+
 def pytest_collection_modifyitems(items):
+    for item in items:
+        if _REGRESSION in item.path.parents:
+            item.add_marker(pytest.mark.slow)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

@@ -62,7 +62,7 @@ def force(monkeypatch):
 
 # The largest maps take the interpreter longest.
 SWEEP = [
-    (case, dtype)
+    pytest.param(case, dtype, marks=[pytest.mark.slow] * (case.height * case.width > 60))
     for case in verify.BLOCK_CASES
     for dtype in LOW
     if case.height * case.width < 400 or dtype is torch.float16 or DEVICE == "cuda"
@@ -79,6 +79,7 @@ def test_odd_shapes_keep_the_budget(case, dtype):
 WAYS_OF_DTYPES = [(w, t) for w in WAYS for t in LOW if w != "projected" or t.itemsize == 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("way", "dtype"), WAYS_OF_DTYPES, ids=str)
 def test_every_way_keeps_the_budget(way, dtype, force):
     force(way)
@@ -104,6 +105,7 @@ def test_golden_block_keeps_the_budget(name, dtype):
     assert verdict.ok, verdict
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("name", MODELS)
 def test_golden_model_keeps_the_budget(name, dtype, monkeypatch):
@@ -181,12 +183,14 @@ def test_slope_of_a_leaky_relu():
 CHOICES = sorted({*block._PRODUCT, *block._FINISH, *block._EXACT})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tile", CHOICES, ids=str)
 def test_every_tile(tile, force):
     force(tile=tile)
     assert_right(make(40, 10, 3), torch.randn(2, 40, 7, 13, device=DEVICE))
 
 
+@pytest.mark.slow
 def test_the_way_of_large_maps_in_strips_and_bands(monkeypatch):
     """Sums of a map in parts, added by attend itself."""
     monkeypatch.setattr(squeeze, "bands", lambda *sizes: 3)

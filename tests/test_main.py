@@ -71,7 +71,7 @@ def test_explain(capsys, tmp_path):
 @pytest.fixture
 def quick(monkeypatch):
     """One block, one operator of each kind, one golden file."""
-    monkeypatch.setattr(verify, "BLOCK_CASES", verify.BLOCK_CASES[2:3])
+    monkeypatch.setattr(verify, "BLOCK_CASES", verify.BLOCK_CASES[:1])
     monkeypatch.setattr(verify, "OPERATOR_CASES", verify.OPERATOR_CASES[:1])
 
 

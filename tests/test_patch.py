@@ -218,6 +218,7 @@ def test_restore_gives_back_class_and_behaviour(kind):
     assert restore_sea_attention(model) == []
 
 
+@pytest.mark.slow
 @VARIANTS
 @pytest.mark.parametrize("training", [False, True])
 def test_verified_on_real_maps_in_float32(kind, training):

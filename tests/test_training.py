@@ -78,7 +78,11 @@ def assert_same(found, expected, tolerance=1e-11):
 @pytest.mark.parametrize(
     ("mode", "backend"),
     [
-        pytest.param(mode, *backend.values, marks=backend.marks)
+        pytest.param(
+            mode,
+            *backend.values,
+            marks=[*backend.marks, *[pytest.mark.slow] * (backend.values == ("triton",))],
+        )
         for mode in ("train", "eval")
         for backend in map(_param, BACKENDS)
         if mode == "train" or GPU or backend.values != ("triton",)

@@ -7,6 +7,7 @@ import copy
 import subprocess
 import sys
 from contextlib import contextmanager
+from math import prod
 from types import SimpleNamespace
 
 import pytest
@@ -36,7 +37,17 @@ def values(case, tensors, backend="triton"):
 RUNS = [(c, t) for c in CASES for t in LOW if t is torch.float32 or c.shapes[0][-1] != 100]
 
 
-@pytest.mark.parametrize(("case", "dtype"), RUNS, ids=str)
+def _heavy(case):
+    """Takes the interpreter more than two seconds: many programs, or long loops."""
+    large = max(map(prod, case.shapes)) > 4000
+    return large or (case.name.startswith("axial_attention") and case.shapes[0][-1] > 1)
+
+
+def _marked(runs):
+    return [pytest.param(*run, marks=pytest.mark.slow) if _heavy(run[0]) else run for run in runs]
+
+
+@pytest.mark.parametrize(("case", "dtype"), _marked(RUNS), ids=str)
 def test_values_and_gradients_keep_the_budget(case, dtype):
     for verdict in verify.operator_verdicts(case, "triton", dtype, DEVICE):
         assert verdict.ok, verdict
@@ -64,9 +75,20 @@ def _layouts(x):
     }
 
 
-@pytest.mark.parametrize("shape", MAPS.values(), ids=MAPS.keys())
 @pytest.mark.parametrize(
-    "layout", ["contiguous", "channels_last", "sliced", "transposed", "expanded"]
+    "shape",
+    [pytest.param(m, marks=[pytest.mark.slow] * (max(m) > 512)) for m in MAPS.values()],
+    ids=MAPS.keys(),
+)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "contiguous",
+        pytest.param("channels_last", marks=pytest.mark.slow),
+        "sliced",
+        "transposed",
+        "expanded",
+    ],
 )
 def test_maps_of_any_size_and_stride(shape, layout):
     x = _layouts(torch.randn(shape, device=DEVICE))[layout]
@@ -123,9 +145,9 @@ def test_bands_are_added_in_a_fixed_order(monkeypatch):
     ("heads", "d", "e", "h", "w", "lengths"),
     [
         (1, 2, 4, 1, 1, (16,) * 4),
-        (3, 10, 15, 100, 3, (16, 7, 1, 40)),
-        (2, 20, 40, 65, 64, (16,) * 4),
-        (1, 24, 48, 17, 129, (16,) * 4),
+        pytest.param(3, 10, 15, 100, 3, (16, 7, 1, 40), marks=pytest.mark.slow),
+        pytest.param(2, 20, 40, 65, 64, (16,) * 4, marks=pytest.mark.slow),
+        pytest.param(1, 24, 48, 17, 129, (16,) * 4, marks=pytest.mark.slow),
         (1, 64, 128, 20, 33, (16,) * 4),
         (4, 16, 5, 8, 8, (8,) * 4),
     ],
@@ -147,6 +169,7 @@ def test_attention_of_any_size(heads, d, e, h, w, lengths):
         torch.testing.assert_close(ours.double(), truth, atol=2e-5 * size, rtol=0)
 
 
+@pytest.mark.slow
 def test_long_axes():
     n = 4096 if DEVICE == "cuda" else 1024  # the interpreter takes a minute for the longest
     row, column = torch.randn(1, 16, n, device=DEVICE), torch.randn(1, 16, 2, device=DEVICE)
@@ -235,8 +258,10 @@ def test_gradients_at_the_kinks_are_pytorchs(activation):
 @pytest.mark.parametrize("dtype", LOW)
 @pytest.mark.parametrize(
     ("case", "channels_last"),
-    [(case, False) for case in CASES]
-    + [(case, True) for case in CASES if len(case.shapes[0]) == 4],
+    _marked(
+        [(case, False) for case in CASES]
+        + [(case, True) for case in CASES if len(case.shapes[0]) == 4]
+    ),
     ids=str,
 )
 def test_every_element_is_written_and_nothing_else(case, channels_last, dtype, monkeypatch):
@@ -437,6 +462,7 @@ BLOCKS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 def test_golden_training_keeps_the_budget(dtype):
     """Outputs, gradients and running statistics, pooled each over the files, beside eager's.
