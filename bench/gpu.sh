@@ -40,27 +40,32 @@ part() {
     SUMMARY+="$(printf '%-12s exit %-4s %4d s' "$title" $code $((SECONDS - begin)))"$'\n'
 }
 
-part library 40 make --silent setup VENV=none PYTHON="$PYTHON"
-part kernels 60 $PYTHON -m bench static --targets "$TARGET" --all --out "$OUT/static.json" \
+part library 30 make --silent setup VENV=none PYTHON="$PYTHON"
+part kernels 55 $PYTHON -m bench static --targets "$TARGET" --all --out "$OUT/static.json" \
     > "$OUT/tests.txt" 2>&1
 grep WRONG "$OUT/tests.txt"
 tail -n 2 "$OUT/tests.txt"
 XDIST=()
 $PYTHON -c 'import xdist' 2> /dev/null && XDIST=(-n 14 --dist worksteal)
-part tests 115 $PYTHON -m pytest -q -m gpu "${XDIST[@]}" \
+part tests 110 $PYTHON -m pytest -q -m gpu "${XDIST[@]}" \
     tests/test_triton.py tests/test_block.py tests/test_gpu.py > "$OUT/tests.txt" 2>&1
 tail -n 40 "$OUT/tests.txt"
-part latency 40 $PYTHON -m bench operators --device cuda --quick --out "$OUT" --no-chart \
-    --cases T1 B1 --dtype float32 --batch 1 --providers triton
-part blocks 60 $PYTHON -m bench run --device cuda --quick --out "$OUT" \
-    --cases B1 YOLOv8s-P3 --dtype float16 --batch 1 --providers reference triton compile
-part blocks-64 40 $PYTHON -m bench run --device cuda --quick --out "$OUT" --no-chart \
-    --cases B1 --dtype float16 --batch 64 --providers reference triton compile
-# One map, in a folder of its own: the file would have the name of that of the blocks.
-part autotune 60 $PYTHON -m bench run --device cuda --quick --out "$OUT/autotune" --no-chart \
-    --cases YOLOv8s-P3 --dtype float16 --batch 1 --providers triton autotune
-part operators 64 $PYTHON -m bench operators --device cuda --quick --out "$OUT" --no-chart \
-    --cases B1 --dtype float16 --batch 16
+# Each of the same table in a file of its own; `python -m bench plot FILE` draws it.
+timed() {
+    local title=$1 limit=$2
+    shift 2
+    part "$title" "$limit" $PYTHON -m bench run --device cuda --no-chart --seconds 0.2 \
+        --out "$OUT" "$@"
+}
+timed all 100 --dtype float16 --peers reference triton
+timed latency 30 --dtype float32 --peers triton --maps 7x7 16x16 --cases T1 B1
+timed batch-64 45 --dtype float16 --batch 64 --peers reference triton compile \
+    --cases B1 L1 --what block --modes forward
+# In folders of their own: their files would have the name of that of all.
+timed compiled 50 --dtype float16 --out "$OUT/compiled" --peers triton compile \
+    --cases B1 L1 YOLOv8s-P3 --what block --modes forward
+timed autotune 45 --dtype float16 --out "$OUT/autotune" --peers triton autotune \
+    --cases YOLOv8s-P3 --what block --modes forward
 echo "== $NAME, $TARGET: $OUT"
 printf '%s' "$SUMMARY"
 exit $STATUS

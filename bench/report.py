@@ -19,9 +19,9 @@ _CAPTIONS = {
 }
 
 
-def write(document: Mapping, path: Path, charts: bool = True) -> list[Path]:
+def write(document: Mapping, path: Path) -> list[Path]:
     """Write pictures, CSV and summary beside the result file ``path``; return where they are."""
-    drawn = plot(document, path.with_suffix(".png")) if charts else []
+    drawn = plot(document, path.with_suffix(".png"))
     table = path.with_suffix(".csv")
     with table.open("w", newline="") as file:
         names = list(dict.fromkeys(name for row in document["rows"] for name in row))

@@ -91,6 +91,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"{', '.join(DEFAULT_PROVIDERS)}, with --quick without compile",
     )  # fmt: skip
     parser.add_argument(
+        "--seconds", type=float, help="for the timing of a work; default: 1.5, with --quick 0.3"
+    )
+    parser.add_argument(
         "--resume", action="store_true",
         help="go on with the result file that a stopped run left, on this machine and commit",
     )  # fmt: skip
@@ -201,7 +204,7 @@ def run(arguments: argparse.Namespace) -> int:
             said = []
             rows = measure(
                 work, wanted,
-                seconds=0.3 if arguments.quick else 1.5,
+                seconds=arguments.seconds or (0.3 if arguments.quick else 1.5),
                 seeds=SEEDS[:3] if arguments.quick else SEEDS,
                 log=said.append,
                 graphs=graphs,
@@ -230,6 +233,6 @@ def run(arguments: argparse.Namespace) -> int:
     if device.type == "cpu" and any(row["of_limit"] < 1 for row in rows):
         print(BEATEN)
     print(path)
-    for written in report.write(document, path, charts=not arguments.no_chart):
+    for written in () if arguments.no_chart else report.write(document, path):
         print(written)
     return int(status)
