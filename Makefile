@@ -27,7 +27,7 @@ demo: setup
 	$(PY) -m seaattn_kernels demo $(ARGS)
 
 test: setup
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -m "not slow" $(ARGS)
 
 static: setup
 	$(PY) -m bench static $(ARGS)
