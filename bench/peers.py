@@ -1,6 +1,6 @@
 """What the block is held against on a CPU beside plain PyTorch: compilers and other runtimes.
 
-Candidates of :func:`bench.timing.check_then_time`. Each is made for maps of one shape by its first
+Candidates of :func:`bench.timing.check`. Each is made for maps of one shape by its first
 ``bind``, with as many threads as torch has then, and given its memory ahead of time.
 """
 

@@ -17,12 +17,15 @@ from bench.picture import photograph
 from bench.timing import Result
 from seaattn_kernels import SeaAttention, ops, replace_sea_attention, seaformer
 from seaattn_kernels.budget import SEEDS
+from seaattn_kernels.layers import HSigmoid
 from seaattn_kernels.verify import OperatorCase, randomise
 
 OPERATORS = ("axial_squeeze", "axial_attention_pair", "broadcast_add", "gate")
 #: torch.compile's modes by provider.
 COMPILED = {"compile": None, "autotune": "max-autotune-no-cudagraphs"}
 _INFERENCE_ONLY = ("freezing", *peers.PACKAGES)
+#: What draws in training: no two runs of it are alike, so that none could be judged.
+_RANDOM = (nn.Dropout2d, seaformer.DropPath)
 
 
 @dataclass(frozen=True)
@@ -241,7 +244,10 @@ class Block(_ModuleWork):
 
 
 class Model(_ModuleWork):
-    """A SeaFormer segmenter on shifted views of a photograph, eager and replaced."""
+    """A SeaFormer segmenter on shifted views of a photograph, eager and replaced.
+
+    A training step has no dropout.
+    """
 
     kind = "model"
 
@@ -256,6 +262,9 @@ class Model(_ModuleWork):
         self.setting = setting
         module = module or randomise(seaformer.seaformer_segmenter(variant))
         self.module = module.to(setting.device, setting.dtype).train(setting.step)
+        for layer in self.module.modules():
+            if isinstance(layer, _RANDOM):
+                layer.eval()
         picture = photograph(None) if picture is None else picture
         self._picture = picture.expand(setting.batch, -1, -1, -1).to(setting.device, setting.dtype)
         self.size = tuple(picture.shape[2:])
@@ -270,6 +279,18 @@ class Model(_ModuleWork):
     def _maps(self, seed: int) -> Tensor:
         # A deep network magnifies rounding at a few pixels by far: ten samples make a steady error.
         return self._picture.roll(seed * self.size[1] // len(SEEDS), dims=3)
+
+    def smooth(self) -> Work:
+        if not self.setting.step:
+            return self
+        module = copy.deepcopy(self.module)
+        for layer in list(module.modules()):
+            for name, child in layer.named_children():
+                if isinstance(child, (nn.ReLU, nn.ReLU6)):
+                    setattr(layer, name, nn.SiLU())
+                elif isinstance(child, HSigmoid):
+                    setattr(layer, name, nn.Sigmoid())
+        return Model(self.case.lower(), self.setting, module, self._picture[:1])
 
     def _ours(self, backend: str) -> nn.Module:
         model = as_eager(self.module)
