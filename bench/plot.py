@@ -44,8 +44,8 @@ _LABELS = {
 }
 
 _Points = Mapping[str, Mapping[int, Sequence[float]]]
-#: Providers that are this package.
-_OURS = ("reference", "triton", "cpu", "auto", "channels_last")
+#: Providers that are this package, the one that stands for it first.
+_OURS = ("auto", "cpu", "triton", "reference", "channels_last")
 
 
 def plot(results: Mapping, path: Path) -> list[Path]:
@@ -183,7 +183,8 @@ def _speedups(results: Mapping, rows: Sequence[Mapping]) -> Figure:
         axes.set_title(f"{mode} (grey: slower than eager)", fontsize=10)
         axes.set_ylabel("speed-up over eager PyTorch")
         axes.grid(axis="y", color="0.8", linewidth=0.5)
-        axes.legend(fontsize="small")
+        if providers:
+            axes.legend(fontsize="small")
     kinds = ", ".join(dict.fromkeys(_what(row) for row in rows))
     figure.suptitle(f"Operators, training steps, models, {kinds}\n{_where(results)}", fontsize=10)
     return figure
@@ -200,9 +201,9 @@ def _roofline(results: Mapping, rows: Sequence[Mapping]) -> Figure:
     # The ceilings are measured beside every work: their medians hold for all.
     matrix = float(np.median([row["matrix_gflops"] for row in rows]))
     copy = float(np.median([row["copy_gbytes"] for row in rows]))
-    ours = next(name for name in reversed(_OURS) if name in {row["provider"] for row in rows})
+    ours = [name for name in _OURS if name in {row["provider"] for row in rows}][:1]
     intensities = []
-    for name in ("eager", ours):
+    for name in ("eager", *ours):
         style = {**_STYLES[name], "linestyle": ""}
         for kind in dict.fromkeys(row["kind"] for row in rows):
             found = [row for row in rows if (row["provider"], row["kind"]) == (name, kind)]

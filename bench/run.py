@@ -82,8 +82,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"(YOLO: 640x640), and for the block squares from 8 to 512 of {SWEPT}",
     )  # fmt: skip
     parser.add_argument(
-        "--models", nargs="+", choices=seaformer.CONFIGS, default=list(seaformer.CONFIGS),
-        metavar="VARIANT", help="segmenters at 512x512; default: t s b l",
+        "--models", nargs="+", choices=seaformer.CONFIGS, metavar="VARIANT",
+        help="segmenters at 512x512; default: t s b l, with --quick none",
     )  # fmt: skip
     parser.add_argument(
         "--peers", nargs="+", choices=PROVIDERS, metavar="PROVIDER",
@@ -102,8 +102,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def jobs(arguments: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Work]]]:
     """A name that is never used twice, and how to build it, for each work."""
     device, dtype, batch = arguments.device, DTYPES[arguments.dtype], arguments.batch
-    modes = arguments.modes or MODES
-    for mode in modes:
+    models = arguments.models or ([] if arguments.quick else seaformer.CONFIGS)
+    for mode in dict.fromkeys(arguments.modes or MODES):
         setting = Setting(device, dtype, batch, step=mode == "step")
         if "block" in arguments.what:
             for case, size in _blocks(arguments, mode):
@@ -114,7 +114,7 @@ def jobs(arguments: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Work
                     build = partial(Operator, name, case, size, setting)
                     yield f"{name} {mode} {case.name} {size}", build
         if "model" in arguments.what and (mode == "forward" or arguments.modes):
-            for variant in arguments.models[: 0 if arguments.quick else None]:
+            for variant in dict.fromkeys(models):
                 yield f"model {mode} {variant}", partial(Model, variant, setting)
 
 
@@ -136,7 +136,7 @@ def _blocks(arguments: argparse.Namespace, mode: str) -> list[tuple[Case, _Size]
 
 
 def _operators(arguments: argparse.Namespace) -> list[tuple[Case, _Size]]:
-    names = arguments.cases or OPERATOR_CASES
+    names = dict.fromkeys(arguments.cases or OPERATOR_CASES)
     found = [(CASES[name], size) for name in names for size in _sizes(arguments, CASES[name])]
     return found[:1] if arguments.quick else found
 
@@ -167,7 +167,10 @@ def line(row: dict) -> str:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure what was asked for; non-zero where a provider was refused or a key stopped it."""
+    """Measure what was asked for; non-zero where a row is missing or a key stopped it.
+
+    A provider that was asked for by name has to run something, not everything.
+    """
     device, dtype = arguments.device, DTYPES[arguments.dtype]
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
@@ -185,7 +188,7 @@ def run(arguments: argparse.Namespace) -> int:
     graphs = device.type == "cuda"
     listed = list(jobs(arguments))
     unknown: dict[str, None] = dict.fromkeys(document["not_timed"])
-    status, asked = 0, set(arguments.peers or ())
+    status, refused, taken = 0, set(), {row["provider"] for row in document["rows"]}
     try:
         for name, build in tqdm(listed, "works", unit="work", dynamic_ncols=True, disable=None):
             if name in document["done"]:
@@ -194,8 +197,10 @@ def run(arguments: argparse.Namespace) -> int:
             work = build()
             wanted = _wanted(arguments, work)
             for provider in wanted:
-                if reason := refusal(provider, work):
-                    status |= provider in asked
+                if not (reason := refusal(provider, work)):
+                    taken.add(provider)
+                else:
+                    refused.add(provider)
                     what = "blocks" if work.kind == "block" else work.what
                     said = f"{provider}, {work.setting.mode} of {what}: {reason}"
                     if said not in unknown:
@@ -222,6 +227,8 @@ def run(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("stopped: what is done is kept, and --resume goes on with it", file=sys.stderr)
         status = 130
+    if arguments.peers and refused - taken:
+        status = status or 1
     rows = document["rows"]
     if not rows:
         return status or 1
