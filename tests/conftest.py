@@ -45,3 +45,12 @@ def library():
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def hasty(monkeypatch):
+    """A round of timing and small ceilings, for tests of the benchmark that look at no time."""
+    monkeypatch.setattr("bench.timing.FEWEST_ROUNDS", 1)
+    monkeypatch.setattr("bench.timing.PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr("bench.limit._MATRIX_SIDE", {"cpu": 32})
+    monkeypatch.setattr("bench.limit._COPY_BYTES", {"cpu": 1024})
