@@ -107,7 +107,11 @@ def _blocks(results: Mapping, rows: Sequence[Mapping]) -> Figure:
 
 def _chart(left: Axes, right: Axes, rows: Sequence[Mapping]) -> None:
     speedups, times = _collect(rows)
-    _draw(left, speedups)
+    # One block alone shows how its time grows; where none has most of the sizes, all do together.
+    swept = [row for row in rows if row["case"] == _swept(rows)]
+    alone = 3 * len(_pixels(swept)) >= 2 * len(_pixels(rows))
+    lines = _collect(swept) if alone else (speedups, times)
+    _draw(left, speedups, lines[0])
     left.set_yscale("log", base=2)
     values = [value for name in speedups for y in speedups[name].values() for value in y]
     low, high = min(0.7, *values) / 1.1, max(1.4, *values) * 1.2
@@ -117,8 +121,7 @@ def _chart(left: Axes, right: Axes, rows: Sequence[Mapping]) -> None:
     left.set_ylabel("speed-up over eager PyTorch")
     left.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}x"))
 
-    scaling = [row for row in rows if row["case"] == _swept(rows)]
-    _draw(right, times, _slopes(_collect(scaling)[1]))
+    _draw(right, times, lines[1], _slopes(_collect(swept)[1]))
     right.set_yscale("log")
     right.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     right.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
@@ -132,11 +135,16 @@ def _chart(left: Axes, right: Axes, rows: Sequence[Mapping]) -> None:
         axes.minorticks_off()
         axes.set_xlabel("map, H x W (axis: pixels)")
         axes.grid(color="0.8", linewidth=0.5)
-        axes.legend(fontsize="small" if len(times) > 6 else None)
+        title = f"lines: {swept[0]['case']}" if alone and len(swept) < len(rows) else None
+        axes.legend(fontsize="small" if len(times) > 6 else None, title=title)
+
+
+def _pixels(rows: Sequence[Mapping]) -> set[int]:
+    return {row["height"] * row["width"] for row in rows}
 
 
 def _swept(rows: Sequence[Mapping]) -> str:
-    """The case with most maps: one block alone shows how its time grows."""
+    """The case with most maps."""
     maps = {(row["case"], row["height"], row["width"]) for row in rows}
     return Counter(case for case, _, _ in maps).most_common(1)[0][0]
 
@@ -156,12 +164,12 @@ def _speedups(results: Mapping, rows: Sequence[Mapping]) -> Figure:
     """Of operators, steps and models over eager, a chart for each mode; points are maps."""
     modes = list(dict.fromkeys(row["mode"] for row in rows))
     rows = [row for row in rows if row["provider"] != "eager" and row["speedup"]]
-    names = list(dict.fromkeys(_subject(row) for row in rows))
     providers = [name for name in _STYLES if name in {row["provider"] for row in rows}]
     figure = Figure(figsize=(11, 4.2 * len(modes)), layout="constrained")
     wide = 0.8 / max(1, len(providers))
     for axes, mode in zip(figure.subplots(len(modes), 1, squeeze=False).flat, modes, strict=True):
         highest = 1.0
+        names = list(dict.fromkeys(_subject(row) for row in rows if row["mode"] == mode))
         for shift, provider in enumerate(providers):
             style = _STYLES[provider]
             color, label = style["color"], _LABELS[provider]
@@ -273,16 +281,17 @@ def _collect(rows: Sequence[Mapping]) -> tuple[_Points, _Points]:
     return speedups, times
 
 
-def _draw(axes: Axes, lines: _Points, more: Mapping[str, str] | None = None) -> None:
-    """``more``: what is added to the labels of lines."""
+def _draw(
+    axes: Axes, every: _Points, lines: _Points, more: Mapping[str, str] | None = None
+) -> None:
+    """Points of ``every`` map, ``lines`` through means; ``more``: what their labels end with."""
     for name, style in _STYLES.items():
         if name not in lines:
             continue
         points = sorted(lines[name].items())
         mean = [geometric_mean(values) for _, values in points]
-        several = any(len(values) > 1 for _, values in points)
-        if several and style["marker"]:
-            flat = [(x, y) for x, values in points for y in values]
+        flat = [(x, y) for x, values in sorted(every[name].items()) for y in values]
+        if len(flat) > len(points) and style["marker"]:
             axes.plot(
                 *zip(*flat, strict=True),
                 color=style["color"], marker=style["marker"], linestyle="", markersize=3, alpha=0.5,

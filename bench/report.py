@@ -53,12 +53,13 @@ def into_readme(path: Path, readme: Path = _README) -> None:
     _, end, tail = rest.partition(END)
     if not found or not end:
         raise ValueError(f"{readme.name} has no place for a summary")
-    body = summary(results.read(path), f"{folder}/{path.name}", pictures)
+    every = f"Every work: [{path.stem}.md]({folder}/{path.stem}.md).\n"
+    body = summary(results.read(path), f"{folder}/{path.name}", pictures, brief=True) + every
     readme.write_text(f"{head}{BEGIN.format(f'{folder}/{path.name}')}\n{body}{END}{tail}")
 
 
-def summary(document: Mapping, data: str, pictures: Sequence[str] = ()) -> str:
-    """Markdown: the machine, geometric means by provider, and a line for each work.
+def summary(document: Mapping, data: str, pictures: Sequence[str] = (), brief: bool = False) -> str:
+    """Markdown: the machine, geometric means and, unless ``brief``, a line for each work.
 
     ``data``: the link to the result file.
     """
@@ -78,6 +79,8 @@ def summary(document: Mapping, data: str, pictures: Sequence[str] = ()) -> str:
         *(f"![{_caption(name)}]({name})" for name in pictures),
         _means(rows),
     ]
+    if brief:
+        return "\n\n".join(parts) + "\n\n"
     blocks = [row for row in rows if row["kind"] == "block" and row["mode"] == "forward"]
     if blocks:
         parts.append(_lines("Block, forward", blocks))
