@@ -44,15 +44,6 @@ class ConvNorm(NamedTuple):
 class Anatomy:
     """The parts of a block, and its constants."""
 
-    to_q: nn.Module
-    to_k: nn.Module
-    to_v: nn.Module
-    dwconv: nn.Module
-    act: nn.Module
-    pwconv: nn.Module
-    proj_encode_row: nn.Module
-    proj_encode_column: nn.Module
-    proj_rest: tuple[nn.Module, ...]  # what follows the activation in proj
     convolutions: tuple[ConvNorm, ...]  # q, k, v, depthwise, pointwise, row, column, proj
     position: tuple[tuple[nn.Module, str], ...]  # layer and its table's name: row q, k, column q, k
     heads: int
@@ -151,8 +142,6 @@ def dissect(
             raise Obstacle(f"its gate is {gate}, not a sigmoid")
     name, slope = activations.pop()
     return Anatomy(
-        **{role: parts[role] for role in _CALLED},
-        proj_rest=_rest(parts["proj"]),
         convolutions=convolutions,
         position=position,
         heads=int(heads),
@@ -246,12 +235,6 @@ def _leaves(name: str, layer: nn.Module, unproven: set[type]) -> list[nn.Module]
         if child is not None:
             found += _leaves(name, child, unproven)
     return found
-
-
-def _rest(proj: nn.Module) -> tuple[nn.Module, ...]:
-    """What ``proj`` calls after its activation."""
-    first, *rest = (child for child in proj._modules.values() if child is not None)
-    return (*(_rest(first) if first._modules else ()), *rest)
 
 
 def _activation(name: str, leaves: list[nn.Module]) -> tuple[str, float]:

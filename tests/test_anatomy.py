@@ -22,9 +22,9 @@ def test_parts_of_a_block():
     assert (parts.scale, parts.activation, parts.negative_slope) == (0.5, "leaky_relu", 0.01)
     assert parts.hard
     assert parts.column == "column"
-    assert parts.proj_rest == (block.proj[1],)
-    assert parts.dwconv is block.dwconv
     assert [layer.norm for layer in parts.convolutions[:2]] == [block.to_q.bn, block.to_k.bn]
+    assert parts.convolutions[3].conv is block.dwconv.c
+    assert parts.convolutions[-1].norm is block.proj[1].bn
     assert parts.tables[3] is block.pos_emb_columnk.pos_embed
 
 
