@@ -1,4 +1,4 @@
-"""The benchmark: its facts, its fairness, its files, and the commands end to end."""
+"""The benchmark: its cases, its loop, its files, and the commands end to end."""
 
 import getpass
 import json
@@ -7,34 +7,24 @@ import re
 import socket
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
+from bench_toys import CPU, GPU, IDENTITY, PNG, ROOT, TOY, block, operator, row, setting
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import __main__ as command
-from bench import cpu, demo, memory, models, operators, peers, picture, results, timing
+from bench import demo, peers, picture, results, run, works
 from bench import measure as measuring
-from bench.cases import CASES, SWEEP_SIDES, Case
+from bench.cases import CASES, LARGE_SIDES, SWEEP_SIDES, Case
 from bench.eager import EagerSeaAttention, as_eager
-from bench.limit import ProductTime, products
-from bench.measure import PROVIDERS, available, block_of, extra_bytes, measure, refusal
-from bench.plot import _LABELS, _STYLES, plot
-from bench.timing import Timing, check_then_time, interleave, median_interval, with_threads
-from seaattn_kernels import SeaAttention, ops
+from bench.measure import PROVIDERS, available, measure, refusal
+from bench.works import OPERATORS, Block, Operator, block_of
+from seaattn_kernels import SeaAttention
 from seaattn_kernels.budget import SEEDS
 from seaattn_kernels.patch import Swapped
-
-ROOT = Path(__file__).parents[1]
-CPU = torch.device("cpu")
-GPU = torch.device("cuda")
-TOY = Case("toy", 8, 4, 1, stride=4)
-PNG = b"\x89PNG\r\n\x1a\n"
 
 # --- cases -----------------------------------------------------------------------------------
 
@@ -145,148 +135,63 @@ def test_as_eager_copies_and_converts_every_block():
     )
 
 
-# --- timing ----------------------------------------------------------------------------------
+# --- the loop --------------------------------------------------------------------------------
 
 
-def test_candidates_take_turns_in_blocks(monkeypatch):
-    monkeypatch.setattr("bench.timing.PAUSE_SECONDS", 0.0)
-    monkeypatch.setattr("bench.timing.MOST_REPETITIONS", 2)
-    order = []
-    names = "abc"
-    timings = interleave({name: lambda name=name: order.append(name) for name in names}, seconds=0)
-    assert order[:6] == [*"abc", *"abc"], "first calls, then an estimate of each"
-    blocks = ["".join(order[i : i + 3]) for i in range(6, len(order), 3)]
-    # A warm-up call and two repetitions each; another candidate opens each round.
-    assert blocks[:9] == [3 * name for name in "abcbcacab"]
-    assert [timing.blocks for timing in timings.values()] == [len(blocks) // 3] * 3
+@pytest.fixture(scope="module")
+def rows():
+    found = []
+    for name, size in (("T1", (4, 4)), ("T2", (4, 4)), ("T2", (4, 8))):
+        work = Block(CASES[name], size, setting(batch=2))
+        found += measure(work, ["reference"], seconds=0, seeds=SEEDS[:4])
+    return found
 
 
-def test_medians_survive_an_outlier_and_first_calls_stand_apart(monkeypatch):
-    monkeypatch.setattr("bench.timing.MOST_REPETITIONS", 1)
-    calls = Counter()
-
-    def sleeper(name, seconds):
-        def call():
-            calls[name] += 1
-            # The first call, and one timed call, take ten times as long.
-            time.sleep(seconds * (10 if calls[name] in (1, 6) else 1))
-
-        return call
-
-    timings = interleave({"fast": sleeper("fast", 0.002), "slow": sleeper("slow", 0.006)})
-    fast, slow = timings["fast"], timings["slow"]
-    assert 0.002 <= fast.low <= fast.median <= fast.high
-    assert fast.first >= 0.02
-    assert slow.first >= 0.06
-    assert 0.006 <= slow.median < 0.04
-    assert fast.median < slow.median
-
-
-def test_interval_holds_the_median_as_often_as_it_says():
-    assert median_interval([3.0, 1.0, 2.0]) == (1.0, 3.0)
-    assert median_interval(range(6)) == (0, 5), "1/64 on each side"
-    assert median_interval(range(20)) == (5, 14), "the textbook's ranks 6 and 15"
-    samples = np.random.default_rng(0).exponential(size=(2000, 25))
-    hits = [low <= np.log(2) <= high for low, high in map(median_interval, samples)]
-    assert 0.95 <= np.mean(hits) < 0.98
+def test_a_row_says_everything(rows):
+    assert [(r["case"], r["width"], r["provider"]) for r in rows] == [
+        (case, width, provider)
+        for case, width in (("T1", 4), ("T2", 4), ("T2", 8))
+        for provider in ("eager", "reference")
+    ]
+    for found in rows:
+        assert list(found) == list(row()), "the rows of tests are of this kind"
+        assert (found["kind"], found["what"], found["mode"]) == ("block", "block", "forward")
+        assert (found["batch"], found["dtype"], found["device"]) == (2, "float32", "cpu")
+        assert found["threads"] == torch.get_num_threads()
+        assert (found["way"], found["ms_cold"]) == ("call", None)
+        assert 0 < found["ms_low"] <= found["ms"] <= found["ms_high"]
+        assert found["ms_first"] > 0
+        assert found["of_limit"] == pytest.approx(found["ms"] / found["ms_limit"])
+        assert 0 < found["rms_error"] <= found["max_error"] < 1e-3
+        assert found["backend"] == found["provider"]
+        assert 0 < found["peak_bytes"] <= found["allocated_bytes"]
+    eager, reference = rows[:2]
+    assert eager["speedup"] == 1
+    assert reference["speedup"] == pytest.approx(eager["ms"] / reference["ms"])
+    assert reference["rms_error_eager"] == eager["rms_error"]
 
 
-def test_a_wrong_candidate_is_refused_before_it_is_timed():
-    calls = Counter()
-
-    def candidate(name, function):
-        def call(x):
-            calls[name] += 1
-            return function(x)
-
-        return call
-
-    def broken(x):
-        raise RuntimeError("no kernel\nfor this device")
-
-    inputs = [torch.randn(64, generator=torch.Generator().manual_seed(i)) for i in range(3)]
-    candidates = {
-        "right": candidate("right", torch.exp),
-        "planted": candidate("planted", lambda x: torch.exp(x) * (1 + 1e-5)),
-        "nan": candidate("nan", lambda x: torch.exp(x).log() * float("nan")),
-        "broken": candidate("broken", broken),
-        "eager": candidate("eager", torch.exp),
-    }
-    alongside = {"other": lambda: None}
-    truth = [torch.exp(x.double()) for x in inputs]
-    measured = check_then_time(candidates, inputs, truth, 0.05, alongside)
-    assert set(measured.timings) == {"eager", "right", "other"}
-    assert set(measured.refused) == {"planted", "nan", "broken"}
-    assert measured.verdicts["right"].ok
-    assert not measured.verdicts["planted"].ok
-    assert measured.refused["planted"].startswith("wrong: rms")
-    assert measured.refused["broken"] == "raises RuntimeError: no kernel"
-    assert calls["planted"] == calls["nan"] == 3, "once an input, never in the loop"
-    assert calls["right"] > 3
-
-
-def test_what_a_candidate_binds_is_bound_ahead_and_timed_in_its_form():
-    class Doubled:
-        bound, taken = 0, set()
-
-        def bind(self, x):
-            self.bound += 1
-            return [x]
-
-        def __call__(self, given):
-            self.taken.add(type(given))
-            return torch.exp(given[0])
-
-    inputs = [torch.randn(64) for _ in range(3)]
-    doubled = Doubled()
-    truth = [torch.exp(x.double()) for x in inputs]
-    measured = check_then_time({"eager": torch.exp, "bound": doubled}, inputs, truth, 0.05)
-    assert measured.timings["bound"].blocks >= 5
-    assert doubled.bound == len(inputs), "never in the loop"
-    assert doubled.taken == {list}
-
-
-def test_threads_are_set_for_a_while():
+def test_rows_come_with_each_number_of_threads(hasty):
     before = torch.get_num_threads()
-
-    def fail():
-        with with_threads(before + 1):
-            assert torch.get_num_threads() == before + 1
-            raise KeyError
-
-    with pytest.raises(KeyError):
-        fail()
+    found = measure(block(), ["reference"], seconds=0, seeds=SEEDS[:1], threads=[1, 2])
+    assert [(r["threads"], r["provider"]) for r in found] == [
+        (count, provider) for count in (1, 2) for provider in ("eager", "reference")
+    ]
+    assert [re.search(r"--threads (\d)", r["command"])[1] for r in found] == [*"1122"]
     assert torch.get_num_threads() == before
 
 
-def test_a_planted_error_in_the_attention_leaves_no_row(monkeypatch):
-    class Planted(SeaAttention):
-        def forward(self, x):
-            out = super().forward(x)
-            return out + 1e-4 * out.abs().max()
-
-    original = measuring._provide
-
-    def provide(name, block):
-        provided = original(name, block)
-        if name == "reference":
-            provided.__class__ = Planted
-        return provided
-
-    monkeypatch.setattr(measuring, "_provide", provide)
-    said = []
-    rows = measure(
-        CASES["T2"], (4, 4), ["reference"], CPU, torch.float32, seconds=0, log=said.append
-    )
-    assert [row["provider"] for row in rows] == ["eager"]
-    assert len(said) == 1
-    assert said[0].startswith("T2 4x4 reference is not timed, it is wrong: rms")
+def test_a_large_work_is_judged_on_as_many_maps_as_hold_enough(monkeypatch):
+    work = block(batch=2)
+    assert len(measuring._inputs(work, SEEDS)[0]) == 5, "two seeds a map"
+    monkeypatch.setattr(measuring, "_ENOUGH", 2 * 2 * 8 * 3 * 4)
+    assert len(measuring._inputs(work, SEEDS)[0]) == 2
 
 
 def test_auto_is_listed_only_where_it_is_another_backend(monkeypatch):
     def listed(best, providers, device):
         monkeypatch.setattr(measuring, "auto_backend", lambda *_: best)
-        return available(providers, CASES["B1"], device, torch.float32)
+        return available(providers, _on(device))
 
     everything = ("auto", "reference", "triton", "eager")
     assert listed("reference", everything, CPU) == ["eager", "reference"]
@@ -297,212 +202,157 @@ def test_auto_is_listed_only_where_it_is_another_backend(monkeypatch):
     assert listed("reference", ["auto"], CPU) == ["eager", "auto"]
 
 
-def test_a_provider_is_listed_only_where_it_runs(monkeypatch):
+def test_auto_may_be_another_backend_for_each_operator(monkeypatch):
+    asked = []
+    listed = (operator("gate"), operator("gate", step=True), block(), block(step=True))
+    monkeypatch.setattr(
+        measuring.ops, "choose", lambda what, *_: asked.append(what) or f"best of {what}"
+    )
+    for work in listed:
+        assert measuring.backend_of("auto", work) == f"best of {asked[-1]}"
+        assert measuring.backend_of("reference", work) == "reference"
+    assert asked == ["gate", "gate", "sea_attention", "training"]
+
+
+def _on(device, case=CASES["B1"], dtype=torch.float16, step=False):
+    """A block that says what runs it, without weights on a device that may not be here."""
+    work = Block.__new__(Block)
+    work.setting, work._table, work.case = setting(device, dtype, step=step), case, case.name
+    return work
+
+
+def test_a_provider_is_listed_only_where_it_runs(monkeypatch, library):
     wide = Case("wide", 8, 128, 1, stride=4)
-    assert "GPU" in refusal("triton", CASES["B1"], CPU, torch.float16)
-    assert "GPU" in refusal("autotune", CASES["B1"], CPU, torch.float16)
-    assert "(128, 256)" in refusal("triton", wide, GPU, torch.float16)
+    assert "GPU" in refusal("triton", _on(CPU))
+    assert "GPU" in refusal("autotune", _on(CPU))
+    assert "(128, 256)" in refusal("triton", _on(GPU, wide))
     for name in PROVIDERS:
-        on_a_gpu = refusal(name, CASES["B1"], GPU, torch.float16)
+        on_a_gpu = refusal(name, _on(GPU))
         assert ("CPU" in on_a_gpu) if name in measuring._NEED_A_CPU else on_a_gpu is None
         if name in peers.PACKAGES:
-            assert "float32" in refusal(name, wide, CPU, torch.float16)
+            assert "float32" in refusal(name, _on(CPU, wide))
         elif name not in ("triton", "autotune"):
-            assert refusal(name, wide, CPU, torch.float16) is None
+            assert refusal(name, _on(CPU, wide)) is None
     monkeypatch.setattr(measuring, "auto_backend", lambda *_: "triton")
-    listed = available(PROVIDERS, wide, GPU, torch.float16)
+    listed = available(PROVIDERS, _on(GPU, wide))
     assert listed == ["eager", "reference", "auto", "compile", "autotune"]
+    listed = available(PROVIDERS, _on(CPU, dtype=torch.float32, step=True))
+    assert listed == ["eager", "reference", "cpu", "auto", "channels_last", "compile"]
 
 
-def test_the_block_is_compiled_in_the_mode_of_the_provider(monkeypatch):
-    asked = []
-    original = torch.compile
+def test_the_compiled_block_is_a_provider_by_name(hasty, library):
+    found = measure(block(), ["cpu", "auto"], seconds=0, seeds=SEEDS[:2])
+    assert [(r["provider"], r["backend"]) for r in found] == [("eager", "eager"), ("cpu", "cpu")]
 
-    def compiled(model, **options):
-        asked.append(options)
-        return original(model, **options)
 
-    monkeypatch.setattr(torch, "compile", compiled)
-    for name in ("compile", "autotune"):
-        model = measuring._provide(name, block_of(TOY))
-        assert isinstance(model._orig_mod, EagerSeaAttention)
-    assert asked == [
-        {"dynamic": False, "mode": None},
-        {"dynamic": False, "mode": "max-autotune-no-cudagraphs"},
-    ]
+# --- graphs ----------------------------------------------------------------------------------
 
 
 class _FakeGraphs:
-    """Stands in for ``graphed``: every call of a graph overwrites the one result that it has."""
+    """Stands in for ``capture``: every replay overwrites the one result that a graph has."""
 
     def __init__(self, broken=()):
-        self.broken, self.made, self.results = broken, [], {}
+        self.broken, self.made, self.replays = broken, 0, 0
 
-    def __call__(self, model, example):
-        name = model.backend if isinstance(model, SeaAttention) else "eager"
-        assert example.is_inference()
-        if name in self.broken:
+    def __call__(self, call):
+        self.made += 1
+        if self.made in self.broken:
             raise ValueError("it waits for the GPU\nsomewhere")
-        self.made.append(name)
-        result = self.results[name] = model(example).clone()
-        return lambda x: result.copy_(model(x))
+        result = call().clone()
+        assert result.is_inference()
+
+        def replay():
+            self.replays += 1
+            result.copy_(call())
+
+        return replay, result
 
 
-def _measure_graphs(monkeypatch, broken=()):
-    fake, said = _FakeGraphs(broken), []
-    monkeypatch.setattr(measuring, "graphed", fake)
-    monkeypatch.setattr(measuring, "extra_bytes", lambda call, x: 7)
-    monkeypatch.setattr(timing, "FEWEST_ROUNDS", 1)
-    rows = measure(
-        TOY, (3, 4), ["reference"], CPU, torch.float32,
-        seconds=0, seeds=SEEDS[:3], log=said.append, graphs=True,
-    )  # fmt: skip
-    return fake, said, {(row["provider"], row["way"]): row for row in rows}
+@pytest.fixture
+def measure_graphs(monkeypatch, hasty):
+    def measured(fake, providers=("reference",), seeds=SEEDS[:3]):
+        said = []
+        monkeypatch.setattr(measuring, "capture", fake)
+        found = measure(block(), providers, 0, seeds, said.append, graphs=True)
+        return said, {(r["provider"], r["way"]): r for r in found}
+
+    return measured
 
 
-def test_every_provider_is_measured_as_a_graph_too(monkeypatch):
-    fake, said, rows = _measure_graphs(monkeypatch)
+def test_every_provider_is_measured_as_a_graph_too(measure_graphs):
+    fake = _FakeGraphs()
+    said, rows = measure_graphs(fake)
     assert not said, "a result that the next call overwrites is not judged"
-    assert fake.made == ["eager", "reference"]
+    assert fake.made == 2 * 3, "once a map: the memory of a graph is its own"
     assert list(rows) == [
         (provider, way) for provider in ("eager", "reference") for way in ("call", "graph")
     ]
-    for (provider, way), row in rows.items():
-        assert row["speedup"] == pytest.approx(rows["eager", way]["ms"] / row["ms"])
-        assert row["extra_bytes"] == (7 if way == "call" else None)
-        assert row["rms_error"] == rows[provider, "call"]["rms_error"]
+    for (provider, way), found in rows.items():
+        assert found["speedup"] == pytest.approx(rows["eager", way]["ms"] / found["ms"])
+        assert (found["peak_bytes"] is None) == (found["allocated_bytes"] is None)
+        assert (found["peak_bytes"] is None) == (way == "graph")
+        assert found["rms_error"] == rows[provider, "call"]["rms_error"]
+        assert found["backend"] == provider
 
 
-def test_only_judged_results_of_a_graph_are_copied(monkeypatch):
+def test_a_timed_call_replays_and_captures_nothing(monkeypatch):
     fake = _FakeGraphs()
-    monkeypatch.setattr(measuring, "graphed", fake)
+    monkeypatch.setattr(measuring, "capture", fake)
     with torch.inference_mode():
-        maps = [torch.randn(1, 8, 3, 4) for _ in range(4)]
-        block = block_of(TOY)
-        call = measuring._replay(block, 2)
-        results = [call(x) for x in maps]
-        expected = [block(x) for x in maps]
-    assert fake.made == ["auto"], "captured once"
-    static = fake.results["auto"]
-    assert [out is static for out in results] == [False, False, True, True]
-    assert torch.equal(results[0], expected[0])
-    assert torch.equal(results[1], expected[1])
-    assert torch.equal(static, expected[3])
+        maps = [torch.randn(1, 8, 3, 4) for _ in range(3)]
+        module = block_of(TOY)
+        replayed = measuring._Replayed(module)
+        bound = [replayed.bind(x) for x in maps]
+        results = [replayed(captured) for captured in bound]
+        expected = [module(x) for x in maps]
+        for out, wanted in zip(results, expected, strict=True):
+            assert torch.equal(out, wanted), "a graph has a result of its own"
+        made, before = fake.made, fake.replays
+        assert replayed(bound[0]) is results[0]
+    assert (fake.made, fake.replays) == (made, before + 1) == (3, 4)
 
 
-def test_a_graph_that_cannot_be_captured_stops_no_other(monkeypatch):
-    _, said, rows = _measure_graphs(monkeypatch, ["reference"])
+def test_a_graph_is_of_what_a_candidate_binds(monkeypatch):
+    class Bound:
+        def bind(self, given):
+            return f"bound {given}"
+
+        def __call__(self, given):
+            return given
+
+    monkeypatch.setattr(measuring, "capture", lambda call: call())
+    assert measuring._Replayed(Bound()).bind("map") == "bound map"
+
+
+def test_a_graph_that_cannot_be_captured_stops_no_other(measure_graphs):
+    # Maps are captured in the order of candidates, eager's call and graph first.
+    said, rows = measure_graphs(_FakeGraphs(broken=[4]))
     assert list(rows) == [("eager", "call"), ("eager", "graph"), ("reference", "call")]
     (line,) = said
-    assert line.startswith("toy 3x4 reference graph is not timed, it is raises RuntimeError: no")
-    assert line.endswith("ValueError: it waits for the GPU")
+    assert line.startswith("toy 3x4 block forward reference graph is not timed, it is raises ")
+    assert line.endswith("RuntimeError: no capture: ValueError: it waits for the GPU")
 
-    _, said, rows = _measure_graphs(monkeypatch, ["eager"])
+    said, rows = measure_graphs(_FakeGraphs(broken=[1]))
     assert list(rows) == [("eager", "call"), ("reference", "call"), ("reference", "graph")]
     assert len(said) == 1
     assert rows["reference", "graph"]["speedup"] is None
     assert rows["reference", "call"]["speedup"] > 0
-    assert "eager is not timed" in command._line(rows["reference", "graph"])
+    assert "eager is not timed" in run.line(rows["reference", "graph"])
 
 
-def test_a_wrong_graph_is_not_timed(monkeypatch):
-    def stale(model, example):
-        result = model(example)
-        return lambda x: result
+def test_a_wrong_graph_is_not_timed(measure_graphs):
+    held = []
 
-    monkeypatch.setattr(measuring, "graphed", stale)
-    monkeypatch.setattr(timing, "FEWEST_ROUNDS", 1)
-    said = []
-    rows = measure(
-        TOY, (3, 4), [], CPU, torch.float32,
-        seconds=0, seeds=SEEDS[:2], log=said.append, graphs=True,
-    )  # fmt: skip
-    assert [row["way"] for row in rows] == ["call"]
-    assert said[0].startswith("toy 3x4 eager graph is not timed, it is wrong: rms")
+    def stale(call):
+        held.append(call())
+        return (lambda: None), held[0]
 
-
-def test_extra_memory_is_the_peak_beyond_the_result(monkeypatch):
-    allocated, peak = [1000], [5000]
-
-    def call(x):
-        calls.append(x)
-        # The first call also takes what it keeps.
-        allocated[0] += 100 if len(calls) == 1 else 0
-        peak[0] = max(peak[0], allocated[0] + 300)
-        return torch.empty(5, dtype=torch.float16)
-
-    calls: list = []
-    fakes = {
-        "synchronize": lambda _: None,
-        "reset_peak_memory_stats": lambda _: peak.__setitem__(0, allocated[0]),
-        "memory_allocated": lambda _: allocated[0],
-        "max_memory_allocated": lambda _: peak[0],
-    }
-    for name, fake in fakes.items():
-        monkeypatch.setattr(torch.cuda, name, fake)
-    on_a_gpu = SimpleNamespace(device=GPU)
-    assert extra_bytes(call, on_a_gpu) == 300 - 5 * 2
-    assert len(calls) == 2
-    assert extra_bytes(call, torch.empty(1)) is None
-    assert len(calls) == 2
-
-
-# --- the limit -------------------------------------------------------------------------------
-
-
-def test_the_limit_adds_up_the_better_layout_of_each_product():
-    case = CASES["T1"]
-    assert products(case, 8, 8, 2) == {
-        (256, 128, 128): 1, (128, 256, 128): 1, (128, 128, 128): 1,
-        (128, 128, 16): 2, (256, 128, 32): 1,
-    }  # fmt: skip
-    limit = ProductTime(case, 8, 8, 2, torch.float32)
-    assert len(limit.calls) == 2 * 5 + 1
-    for name, call in limit.calls.items():
-        if name != "sgemm":
-            m, _, n = map(int, name.split()[0].split("x"))
-            assert call().shape in ((m, n), (n, m))
-    seconds = {
-        name: 1.0 if "weights @ map" in name else 0.5 if "128x128x16" in name else 3.0
-        for name in limit.calls
-    }
-    read = limit.read({name: Timing(t, t, t, t, 1) for name, t in seconds.items()})
-    assert read.seconds == 4 * 1.0 + 2 * 0.5
-    flops = sum(count * 2 * m * k * n for (m, k, n), count in limit.products.items())
-    assert read.gflops == pytest.approx(flops / 5 / 1e9)
-    assert read.matrix_gflops == pytest.approx(2 * 1024**3 / 3 / 1e9)
+    said, rows = measure_graphs(stale, [], SEEDS[:2])
+    assert [way for _, way in rows] == ["call"]
+    assert said[0].startswith("toy 3x4 block forward eager graph is not timed, it is wrong: rms")
 
 
 # --- files -----------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def rows():
-    found = []
-    for name, size in (("T1", (4, 4)), ("T2", (4, 4)), ("T2", (4, 8))):
-        found += measure(
-            CASES[name], size, ["reference"], CPU, torch.float32, 2, seconds=0, seeds=SEEDS[:4]
-        )
-    return found
-
-
-def test_a_row_says_everything(rows):
-    assert [(r["case"], r["width"], r["provider"]) for r in rows] == [
-        (case, width, provider)
-        for case, width in (("T1", 4), ("T2", 4), ("T2", 8))
-        for provider in ("eager", "reference")
-    ]
-    for row in rows:
-        assert (row["batch"], row["dtype"], row["device"]) == (2, "float32", "cpu")
-        assert row["threads"] == torch.get_num_threads()
-        assert (row["way"], row["extra_bytes"]) == ("call", None)
-        assert 0 < row["ms_low"] <= row["ms"] <= row["ms_high"]
-        assert row["ms_first"] > 0
-        assert row["of_limit"] == pytest.approx(row["ms"] / row["ms_limit"])
-        assert 0 < row["rms_error"] <= row["max_error"] < 1e-3
-    eager, reference = rows[:2]
-    assert eager["speedup"] == 1
-    assert reference["speedup"] == pytest.approx(eager["ms"] / reference["ms"])
 
 
 def test_results_are_read_as_written_and_name_no_one(rows, tmp_path, monkeypatch):
@@ -549,68 +399,7 @@ def test_a_results_folder_is_named_after_the_machine():
     assert re.fullmatch(r"[a-z0-9-]+-cores", folder.name)
 
 
-def test_a_chart_needs_the_file_alone(rows, tmp_path):
-    source, chart = tmp_path / "r.json", tmp_path / "c" / "r.png"
-    extra = [{**row, "provider": name} for row in rows for name in PROVIDERS[2:]]
-    results.write(source, results.document([*rows, *extra], CPU))
-    code = (
-        "import sys; from pathlib import Path; from bench.results import read;"
-        "from bench.plot import plot; plot(read(Path(sys.argv[1])), Path(sys.argv[2]))"
-    )
-    subprocess.run([sys.executable, "-c", code, source, chart], cwd=ROOT, check=True)
-    assert chart.read_bytes()[:8] == PNG
-    assert chart.stat().st_size > 20_000
-
-
-def test_every_provider_has_a_line_of_its_own():
-    assert set(PROVIDERS) <= set(_STYLES) == set(_LABELS)
-    for key in ("color", "marker"):
-        assert len({style[key] for style in _STYLES.values()}) == len(_STYLES)
-
-
-def test_a_chart_holds_what_is_called(tmp_path):
-    """A file without ways is drawn as it is, and replays are left out."""
-    folder = ROOT / "bench" / "results" / "amd-epyc-2-cores"
-    old = results.read(folder / "float32-batch1-threads2.json")
-    old["rows"] = [row for row in old["rows"] if row["case"] == "T1"]
-    assert old["rows"]
-    assert not any("way" in row for row in old["rows"])
-
-    def drawn(rows):
-        return plot({**old, "rows": rows}, tmp_path / "chart.png").read_bytes()
-
-    picture = drawn(old["rows"])
-    assert picture[:8] == PNG
-    called = [{**row, "way": "call"} for row in old["rows"]]
-    replayed = [{**row, "way": "graph", "ms": 1e-3, "speedup": None} for row in old["rows"]]
-    assert drawn([*called, *replayed]) == picture
-    assert drawn([{**row, "ms": 2 * row["ms"]} for row in called]) != picture
-
-
-def test_a_chart_of_nothing_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="no block"):
-        plot({"rows": []}, tmp_path / "nothing.png")
-
-
-# --- commands --------------------------------------------------------------------------------
-
-
-def test_the_command_measures_and_draws(tmp_path):
-    def bench(*arguments):
-        return subprocess.run(
-            [sys.executable, "-m", "bench", *arguments],
-            cwd=ROOT, check=True, capture_output=True, text=True,
-        ).stdout  # fmt: skip
-
-    printed = bench("run", "--quick", "--cases", "T1", "--device", "cpu", "--out", str(tmp_path))
-    source, chart = (Path(line) for line in printed.splitlines()[-2:])
-    document = json.loads(source.read_text())
-    assert {(r["case"], r["height"]) for r in document["rows"]} == {("T1", 7), ("T1", 16)}
-    assert {"eager", "reference"} <= {row["provider"] for row in document["rows"]}
-    assert chart.read_bytes()[:8] == PNG
-    other = tmp_path / "again.png"
-    assert bench("plot", str(source), "--out", str(other)).strip() == str(other)
-    assert other.read_bytes()[:8] == PNG
+# --- bench run -------------------------------------------------------------------------------
 
 
 def _arguments(tmp_path, *more):
@@ -618,66 +407,346 @@ def _arguments(tmp_path, *more):
     return command._parser().parse_args([*fixed, *more])
 
 
-def test_the_command_on_a_gpu_asks_for_graphs_and_shows_them(rows, tmp_path, monkeypatch, capsys):
-    asked, missing = [], []
+def _jobs(*arguments):
+    parsed = command._parser().parse_args(["run", "--device", "cpu", *arguments])
+    return [name for name, _ in run.jobs(parsed)]
 
-    def measured(case, size, providers, *_, graphs, **__):
-        asked.append((size, providers, graphs))
-        return [
-            {**rows[0], "provider": provider, "way": way, "extra_bytes": extra}
-            for provider in providers
-            for way, extra in (("call", 3 * 2**19), ("graph", None))
-            if (provider, way) not in missing
+
+def test_everything_is_timed_where_nobody_asks():
+    listed = _jobs()
+    assert len(set(listed)) == len(listed)
+    forward = [name for name in listed if name.startswith("block forward")]
+    at_512 = {f"block forward {name} {case.maps['512']}" for name, case in CASES.items()
+              if not case.yolo}  # fmt: skip
+    at_640 = {f"block forward {name} {case.maps['640']}" for name, case in CASES.items()
+              if case.yolo}  # fmt: skip
+    swept = {f"block forward T1 {side, side}" for side in (*SWEEP_SIDES, *LARGE_SIDES)}
+    assert set(forward) == at_512 | at_640 | swept
+    assert len(at_512 | at_640 | swept) == len(CASES) + len(SWEEP_SIDES) + len(LARGE_SIDES) - 1
+    assert [name for name in listed if name.startswith("block step")] == [
+        "block step B1 (16, 16)", "block step L1 (32, 32)", "block step YOLOv8n-P3 (80, 80)",
+    ]  # fmt: skip
+    assert {name for name in listed if name.split()[0] in OPERATORS} == {
+        f"{name} {mode} {where}"
+        for name in OPERATORS
+        for mode in ("forward", "step")
+        for where in ("B1 (16, 16)", "YOLOv8n-P3 (80, 80)")
+    }
+    models = [name for name in listed if name.startswith("model")]
+    assert models == [f"model forward {variant}" for variant in "tsbl"], "no steps unless asked for"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        ("--what model --modes step forward --models t s", [
+            "model step t", "model step s", "model forward t", "model forward s",
+        ]),
+        ("--what gate --cases T1 T1 B1 --modes forward forward", [
+            "gate forward T1 (16, 16)", "gate forward B1 (16, 16)",
+        ]),
+        ("--what block gate --cases B2 --maps 3x5 7x7 3x5", [
+            "block forward B2 (3, 5)", "block forward B2 (7, 7)",
+            "gate forward B2 (3, 5)", "gate forward B2 (7, 7)",
+            "block step B2 (3, 5)", "block step B2 (7, 7)",
+            "gate step B2 (3, 5)", "gate step B2 (7, 7)",
+        ]),
+        ("--what block --modes forward --cases T1 --maps 3x3", ["block forward T1 (3, 3)"]),
+        ("--what block --modes forward --cases B2 YOLOv8n-P5 --maps table 8x8", [
+            "block forward B2 (4, 4)", "block forward B2 (8, 8)", "block forward B2 (8, 16)",
+            "block forward B2 (16, 16)", "block forward B2 (16, 32)",
+            "block forward YOLOv8n-P5 (20, 20)", "block forward YOLOv8n-P5 (8, 8)",
+        ]),
+        ("--quick --what block model gate", [
+            "block forward T1 (16, 16)", "block forward T2 (8, 8)", "gate forward B1 (16, 16)",
+            "block step B1 (16, 16)", "block step L1 (32, 32)", "gate step B1 (16, 16)",
+        ]),
+        ("--quick --what model --models b b", ["model forward b"]),
+    ],
+)  # fmt: skip
+def test_what_is_timed_is_what_was_asked_for(arguments, wanted):
+    assert _jobs(*arguments.split()) == wanted
+
+
+def test_a_job_builds_what_its_name_says():
+    parsed = _arguments("/", "--what", "block", "gate", "--batch", "2", "--dtype", "float16")
+    found = [(name, build()) for name, build in run.jobs(parsed)]
+    for name, work in found:
+        row = work.identity()
+        size = (row["height"], row["width"])
+        assert name == f"{row['what']} {row['mode']} {row['case']} {size}"
+        assert (row["batch"], row["dtype"], row["device"]) == (2, "float16", "cpu")
+
+
+def test_the_command_measures_and_draws(tmp_path):
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "bench", "run", "--quick", "--cases", "T1", "--maps", "7x7"),
+            *("--what", "block", "gate", "--peers", "reference", "auto", "--seconds", "0.05"),
+            *("--device", "cpu", "--modes", "forward", "--out", tmp_path),
+        ],
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    source, chart, *others = (Path(line) for line in done.stdout.splitlines()[-6:])
+    document = json.loads(source.read_text())
+    found = Counter((r["what"], r["mode"], r["case"], r["height"]) for r in document["rows"])
+    assert set(found) == {("block", "forward", "T1", 7), ("gate", "forward", "T1", 7)}
+    assert {"eager", "reference"} <= {r["provider"] for r in document["rows"]}
+    assert [path.name.removeprefix(source.stem) for path in (chart, *others)] == [
+        ".png", "-speedups.png", "-roofline.png", ".csv", ".md",
+    ]  # fmt: skip
+    assert {path.name for path in tmp_path.iterdir()} == {
+        path.name for path in (source, chart, *others)
+    }
+    for path in (chart, *others[:2]):
+        assert path.read_bytes()[:8] == PNG
+    assert document["command"].startswith("python -m bench run --quick --cases T1 --maps 7x7")
+    assert document["done"] == ["block forward T1 (7, 7)", "gate forward T1 (7, 7)"]
+    assert document["not_timed"] == ["reference, forward of gate: it is eager here"]
+
+
+class _Measured:
+    """Stands in for ``measure``: rows of every provider that runs, and none is timed."""
+
+    def __init__(self, monkeypatch, missing=(), stop_at=None):
+        self.asked, self.missing, self.stop_at = [], missing, stop_at
+        monkeypatch.setattr(run, "measure", self)
+        monkeypatch.setattr(results, "commit", lambda: "abc")
+
+    def __call__(self, work, providers, *, graphs, log, **more):
+        if len(self.asked) + 1 == self.stop_at:
+            raise KeyboardInterrupt
+        self.asked.append((work.identity(), list(providers), graphs, more))
+        found = [
+            {**row(provider), **work.identity(), "way": way, "peak_bytes": peak}
+            for provider in available(providers, work)
+            for way, peak in (("call", 3 * 2**19), ("graph", None))[: 2 if graphs else 1]
+            if (provider, way) not in self.missing
         ]
+        for provider, way in self.missing:
+            log(f"{provider} {way} is wrong")
+        return found
 
-    monkeypatch.setattr(command, "measure", measured)
-    monkeypatch.setattr(command, "auto_backend", lambda *_: "triton")
+
+def test_the_command_on_a_gpu_asks_for_graphs_and_shows_them(tmp_path, monkeypatch, capsys):
+    def on_a_gpu(case, size, given):
+        work = _on(GPU, case, given.dtype, given.step)
+        work.size = size
+        return work
+
+    monkeypatch.setattr(run, "Block", on_a_gpu)
+    monkeypatch.setattr(run, "auto_backend", lambda *_: "triton")
     monkeypatch.setattr(measuring, "auto_backend", lambda *_: "triton")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "some GPU")
-    arguments = _arguments(tmp_path, "--no-chart")
+    measured = _Measured(monkeypatch)
+    given = ("--no-chart", "--what", "block", "--modes", "forward", "--dtype", "float16")
+    arguments = _arguments(tmp_path, *given)
     arguments.device = GPU
-    assert command.run(arguments) == 0
-    listed = ["eager", "reference", "triton"]
-    assert asked == [((7, 7), listed, True), ((16, 16), listed, True)]
+    assert run.run(arguments) == 0
+    wanted = ["reference", "triton", "auto", *peers.PACKAGES]
+    assert [(a["height"], p, graphs) for a, p, graphs, _ in measured.asked] == [
+        (16, ["eager", *wanted], True), (8, ["eager", *wanted], True),
+    ]  # fmt: skip
     printed = capsys.readouterr().out
-    assert "auto is triton here: listed once" in printed
+    assert "auto is triton for blocks here" in printed
     assert "graph: replayed" in printed
-    lines = [line for line in printed.splitlines() if line.startswith("T1 ")]
-    assert [line.split()[2:4] for line in lines] == 2 * [
-        [provider, way] for provider in listed for way in ("call", "graph")
+    lines = [line for line in printed.splitlines() if line.startswith("block  ")]
+    assert [line.split()[4:6] for line in lines] == 2 * [
+        [provider, way]
+        for provider in ("eager", "reference", "triton")
+        for way in ("call", "graph")
     ]
     for line in lines:
-        assert line.endswith("extra 1.50 MiB") == (" call " in line)
-        assert ("extra" in line) == (" call " in line)
+        assert line.endswith("peak 1.50 MiB") == (" call " in line)
+        assert ("peak" in line) == (" call " in line)
     (saved,) = tmp_path.iterdir()
     assert saved.suffix == ".json", "no chart"
 
-    missing.append(("triton", "graph"))
-    assert command.run(arguments) == 1
+    _Measured(monkeypatch, missing=[("triton", "graph")])
+    assert run.run(arguments) == 1
+    assert "triton graph is wrong" in results.read(saved)["not_timed"]
+    assert "triton graph is wrong" in capsys.readouterr().out
 
 
-def test_the_command_says_which_provider_it_cannot_time(rows, tmp_path, monkeypatch, capsys):
-    asked = []
+def test_a_cold_time_is_shown_beside_the_warm_one():
+    assert "  cold 0.250 ms" in run.line(row(ms_cold=0.25))
+    assert "cold" not in run.line(row())
 
-    def measured(case, size, providers, *_, graphs, **__):
-        asked.append((providers, graphs))
-        return [{**rows[0], "provider": provider} for provider in providers]
 
-    monkeypatch.setattr(command, "measure", measured)
-    assert command.run(_arguments(tmp_path, "--providers", "reference", "triton", "autotune")) == 1
-    assert asked == 2 * [(["eager", "reference"], False)]
+def test_the_command_says_which_provider_it_cannot_time(tmp_path, monkeypatch, capsys):
+    if torch.cuda.is_available():
+        pytest.skip("here is a GPU")
+    measured = _Measured(monkeypatch)
+    given = ("--what", "block", "gate", "--no-chart", "--modes", "forward")
+    arguments = _arguments(tmp_path, *given, "--peers", "reference", "triton", "autotune")
+    assert run.run(arguments) == 1
+    assert [(p, graphs) for _, p, graphs, _ in measured.asked] == 3 * [
+        (["reference", "triton", "autotune"], False)
+    ]
     printed = capsys.readouterr().out
-    assert "triton is not timed: it needs a GPU, got cpu" in printed
-    assert "autotune is not timed: it needs a GPU, got cpu" in printed
+    assert printed.count("not timed: triton, forward of blocks: it needs a GPU, got cpu") == 1
+    assert "not timed: autotune, forward of blocks: it needs a GPU, got cpu" in printed
+    assert "not timed: reference, forward of gate: it is eager here" in printed
     assert "graph" not in printed
-    assert "extra" not in printed
+    (path,) = tmp_path.iterdir()
+    assert len(results.read(path)["not_timed"]) == 2 + 3
 
-    asked.clear()
-    assert command.run(_arguments(tmp_path)) == 0, "nobody asked for them"
-    assert "is not timed" not in capsys.readouterr().out
-    assert not {"triton", "compile", "autotune"} & set(asked[0][0])
+    arguments = _arguments(tmp_path, *given, "--peers", "reference")
+    assert run.run(arguments) == 0, "blocks have it"
+    arguments = _arguments(tmp_path, *given, "--peers", "reference", "--what", "gate")
+    assert run.run(arguments) == 1, "nothing has it"
+
+    measured.asked.clear()
+    capsys.readouterr()
+    assert run.run(_arguments(tmp_path, *given)) == 0, "nobody asked for them"
+    assert "not timed: triton, forward of blocks" in capsys.readouterr().out
+    assert not {"compile", "autotune"} & set(measured.asked[0][1])
 
 
+def test_slow_providers_are_timed_where_they_are_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "Model", lambda variant, given: _named(given))
+    given = ("--what", "block", "model", "--no-chart", "--modes", "forward")
+
+    def _named(setting):
+        work = _on(CPU, dtype=setting.dtype)
+        work.kind, work.what, work.size = "model", "SeaFormer-T segmenter", (8, 8)
+        return work
+
+    def asked(*more):
+        measured = _Measured(monkeypatch)
+        run.run(command._parser().parse_args(
+            ["run", "--device", "cpu", "--cases", "T1", "--maps", "7x7", "--models", "t",
+             "--out", str(tmp_path), *given, *more]
+        ))  # fmt: skip
+        return {a["kind"]: set(providers) for a, providers, *_ in measured.asked}
+
+    assert asked()["block"] == set(measuring.DEFAULT_PROVIDERS)
+    assert asked()["model"] == set(measuring.DEFAULT_PROVIDERS) - {"compile"}
+    assert asked("--quick")["block"] == set(measuring.DEFAULT_PROVIDERS) - {"compile"}
+    assert asked("--peers", "compile")["model"] == {"compile"}
+
+
+def test_a_provider_that_is_wrong_fails_the_command(tmp_path, monkeypatch, capsys):
+    given = ("--no-chart", "--what", "gate", "--modes", "forward", "--peers", "cpu")
+    _Measured(monkeypatch, missing=[("cpu", "call")])
+    assert run.run(_arguments(tmp_path, *given)) == 1
+    (path,) = tmp_path.iterdir()
+    assert results.read(path)["not_timed"] == ["cpu call is wrong"]
+    assert results.read(path)["done"] == ["gate forward T1 (16, 16)"]
+
+
+def test_what_is_done_outlives_a_key_and_is_gone_on_with(tmp_path, monkeypatch, capsys):
+    given = ("--what", "block", "gate", "--modes", "forward", "--no-chart", "--peers", "reference")
+    _Measured(monkeypatch, stop_at=2)
+    assert run.run(_arguments(tmp_path, *given)) == 130
+    assert "--resume goes on" in capsys.readouterr().err
+    (path,) = tmp_path.iterdir()
+    first = results.read(path)
+    assert first["done"] == ["block forward T1 (16, 16)"]
+    assert [r["provider"] for r in first["rows"]] == ["eager", "reference"]
+
+    measured = _Measured(monkeypatch)
+    assert run.run(_arguments(tmp_path, *given, "--resume")) == 0
+    assert [a["what"] for a, *_ in measured.asked] == ["block", "gate"]
+    assert [a["height"] for a, *_ in measured.asked] == [8, 16], "the first map is not timed again"
+    whole = results.read(path)
+    assert whole["rows"][:2] == first["rows"]
+    assert whole["done"] == [name for name, _ in run.jobs(_arguments(tmp_path, *given))]
+    assert (whole["date"], whole["command"]) == (first["date"], first["command"])
+
+    measured = _Measured(monkeypatch)
+    assert run.run(_arguments(tmp_path, *given, "--resume")) == 0
+    assert not measured.asked, "everything is done"
+    assert results.read(path) == whole
+    assert run.run(_arguments(tmp_path, *given)) == 0
+    assert len(measured.asked) == 3, "without --resume all of it is timed again"
+
+
+@pytest.mark.parametrize("part", ["commit", "machine", "versions"])
+def test_a_file_of_another_place_is_not_gone_on_with(part, tmp_path, monkeypatch, capsys):
+    given = ("--what", "gate", "--modes", "forward", "--no-chart", "--peers", "eager")
+    measured = _Measured(monkeypatch)
+    assert run.run(_arguments(tmp_path, *given)) == 0
+    (path,) = tmp_path.iterdir()
+    document = results.read(path)
+    document[part] = "another" if part == "commit" else {**document[part], "torch": "another"}
+    results.write(path, document)
+    measured.asked.clear()
+    assert run.run(_arguments(tmp_path, *given, "--resume")) == 2
+    assert f"is not gone on with: other {part}" in capsys.readouterr().err
+    assert not measured.asked
+    assert results.read(path) == document, "it is left as it was"
+
+
+def test_a_stopped_run_without_rows_leaves_nothing(tmp_path, monkeypatch):
+    _Measured(monkeypatch, stop_at=1)
+    assert run.run(_arguments(tmp_path, "--no-chart")) == 130
+    assert not list(tmp_path.iterdir())
+
+
+def test_how_long_a_work_is_timed(tmp_path, monkeypatch):
+    given = ("--what", "gate", "--modes", "forward", "--no-chart", "--peers", "eager")
+    measured = _Measured(monkeypatch)
+    run.run(_arguments(tmp_path, *given))
+    run.run(_arguments(tmp_path, *given, "--seconds", "7"))
+    whole = ("run", "--device", "cpu", "--cases", "T1", "--out", str(tmp_path), *given)
+    run.run(command._parser().parse_args(whole))
+    found = [(more["seconds"], len(more["seeds"])) for *_, more in measured.asked]
+    assert found == [(0.3, 3), (7.0, 3), (1.5, 10)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "step"),
+    [("block", False), ("block", True), ("gate", False), ("gate", True), ("model", False)],
+)
+def test_the_command_of_a_row_measures_it_again(kind, step, tmp_path, monkeypatch, hasty, library):
+    """By the parser and the command itself, shortened where it does not say what is timed."""
+    monkeypatch.setattr(works, "photograph", lambda path: torch.randn(1, 3, 64, 64))
+    shortened = {"seconds": 0, "seeds": SEEDS[:1]}
+    given = setting(batch=2, step=step)
+    case = CASES["T1"]
+    work = (
+        works.Model("t", given)
+        if kind == "model"
+        else Block(case, (3, 4), given)
+        if kind == "block"
+        else Operator(kind, case, (3, 4), given)
+    )
+    rows = measure(work, ["auto"], **shortened)
+    assert [r["provider"] for r in rows] == ["eager", "auto"]
+    monkeypatch.setattr(
+        run, "measure", lambda *given, **more: measure(*given, **{**more, **shortened})
+    )
+    monkeypatch.setattr(results, "commit", lambda: "abc")
+    before = torch.get_num_threads()
+    for index, wanted in enumerate(rows):
+        head, said = wanted["command"].split(" run ")
+        assert head == "python -m bench"
+        out = tmp_path / str(index)
+        arguments = command._parser().parse_args(["run", *said.split(), "--out", str(out)])
+        arguments.no_chart = True
+        assert run.run(arguments) == 0
+        (path,) = out.iterdir()
+        found = [{name: r[name] for name in IDENTITY} for r in results.read(path)["rows"]]
+        assert {name: wanted[name] for name in IDENTITY} in found
+        assert wanted["command"] in [r["command"] for r in results.read(path)["rows"]]
+    assert torch.get_num_threads() == before
+
+
+# --- the demonstration -----------------------------------------------------------------------
+
+
+def _shortened(monkeypatch, seeds=SEEDS):
+    short = {"seeds": seeds}
+    monkeypatch.setattr(
+        demo,
+        "measure",
+        lambda work, names, _, **more: measure(work, names, 0.1, **{**more, **short}),
+    )
+
+
+@pytest.mark.slow
 def test_the_demo_verifies_times_and_ends_with_its_chart(tmp_path, capsys):
     assert demo.run(variant="t", device="cpu", out=tmp_path, quick=True) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -687,8 +756,8 @@ def test_the_demo_verifies_times_and_ends_with_its_chart(tmp_path, capsys):
     assert Path(lines[-1]).read_bytes()[:8] == PNG
     document = results.read(tmp_path / "demo.json")
     kinds = [row["kind"] for row in document["rows"]]
-    assert kinds == ["model"] + ["block"] * (len(kinds) - 1)
-    assert {row["height"] for row in document["rows"][1:]} == {8, 16, 32}
+    assert kinds == ["model"] * 2 + ["block"] * 6
+    assert {row["height"] for row in document["rows"][2:]} == {8, 16, 32}
 
 
 def test_the_demo_fails_where_the_model_is_wrong(tmp_path, capsys, monkeypatch):
@@ -696,18 +765,19 @@ def test_the_demo_fails_where_the_model_is_wrong(tmp_path, capsys, monkeypatch):
 
     def wrong(variant):
         model = right(variant)
-        for block in model.modules():
-            if isinstance(block, SeaAttention):
-                block.register_forward_hook(
+        for layer in model.modules():
+            if isinstance(layer, SeaAttention):
+                layer.register_forward_hook(
                     lambda module, _, out: 1.001 * out if isinstance(module, Swapped) else out
                 )
         return model
 
+    _shortened(monkeypatch, SEEDS[:2])
     monkeypatch.setattr(demo.seaformer, "seaformer_segmenter", wrong)
     monkeypatch.setattr(demo, "SWEEP_SIDES", (8,))
     assert demo.run(variant="t", device="cpu", out=tmp_path, quick=True) == 1
     printed = capsys.readouterr().out
-    assert "ours is not timed, it is wrong" in printed
+    assert "segmenter forward auto is not timed, it is wrong" in printed
     assert "VERIFICATION FAILED" in printed
 
 
@@ -716,6 +786,7 @@ def test_the_demo_takes_a_checkpoint_and_a_photograph(tmp_path, capsys, monkeypa
 
     from seaattn_kernels import seaformer, verify
 
+    _shortened(monkeypatch, SEEDS[:1])  # views of one colour are all alike
     Image.new("RGB", (90, 60), (200, 30, 90)).save(tmp_path / "picture.png")
     model = verify.randomise(seaformer.seaformer_segmenter("t"))
     torch.save({"state_dict": model.state_dict()}, tmp_path / "weights.pth")
@@ -729,6 +800,8 @@ def test_the_demo_takes_a_checkpoint_and_a_photograph(tmp_path, capsys, monkeypa
     arguments = (tmp_path / "weights.pth", tmp_path / "picture.png", "t", CPU, "float32")
     assert demo.run(*arguments, out=tmp_path, quick=True) == 0
     text = capsys.readouterr().out
+    assert "everything verified" in text
+    assert text.splitlines()[-1] == str(tmp_path / "demo.png")
     assert "weights of weights.pth (0 keys missing, 0 unexpected), picture.png at 512x512" in text
     assert "random weights" not in text
     assert "4 of them run on seaattn_kernels" in text
@@ -748,10 +821,18 @@ def test_the_demo_says_in_a_line_what_it_cannot_load(argument, tmp_path, capsys)
         ["run", "--device", "bogus"],
         ["run", "--batch", "0"],
         ["run", "--threads", "0"],
+        ["run", "--what", "bogus"],
+        ["run", "--maps", "7"],
+        ["run", "--maps", "0x3"],
+        ["run", "--maps", "3xy"],
+        ["run", "--models", "x"],
+        ["run", "--peers", "bogus"],
         ["cpu", "--threads", "1", "0"],
         ["cpu", "--models", "x"],
         ["plot", "nowhere.json"],
         ["plot", "README.md"],
+        ["compare", "nowhere.json", "README.md"],
+        ["compare", "README.md", "README.md"],
     ],
 )
 def test_wrong_arguments_are_a_line(arguments, monkeypatch, capsys):
@@ -759,379 +840,6 @@ def test_wrong_arguments_are_a_line(arguments, monkeypatch, capsys):
     with pytest.raises(SystemExit) as raised:
         command.main()
     assert raised.value.code != 0
-
-
-# --- operators -------------------------------------------------------------------------------
-
-
-def _measure_operators(log, providers=("triton",)):
-    return operators.measure(
-        TOY, (3, 4), 1, providers, CPU, torch.float32, seconds=0.0, seeds=SEEDS[:2], log=log
-    )
-
-
-def test_operators_are_measured_in_both_modes(monkeypatch, tmp_path):
-    monkeypatch.setattr(timing, "FEWEST_ROUNDS", 1)
-    log = []
-    rows = _measure_operators(log.append)
-    assert not log
-    names = ["axial_squeeze", "axial_attention_pair", "broadcast_add", "gate", "block"]
-    found = Counter((row["operator"], row["mode"], row["way"], row["provider"]) for row in rows)
-    assert found == Counter(
-        (name, mode, "call", provider)
-        for name in names
-        for mode in ("forward", "step")
-        for provider in ("eager", "triton")
-    )
-    for row in rows:
-        assert row["ms"] > 0
-        assert row["ms_limit"] is None  # a limit needs a GPU
-        if row["provider"] == "eager":
-            assert row["speedup"] == 1
-    # x once, a row and a column: float32, 12 elements in each of 8 + 8 channels of q, k, v.
-    squeeze = next(row for row in rows if row["operator"] == "axial_squeeze")
-    assert squeeze["bytes"] == 4 * TOY.projected * (12 + 3 + 4)
-    assert len(operators.table(rows).splitlines()) == 10
-    document = results.document(rows, CPU)
-    assert plot(document, tmp_path / "operators.png").read_bytes().startswith(PNG)
-
-
-def test_a_wrong_operator_is_not_timed(monkeypatch):
-    monkeypatch.setattr(timing, "FEWEST_ROUNDS", 1)
-    right = ops.gate
-
-    def wrong(x, y, hard=True, backend="auto"):
-        return right(x, y, hard, backend) * (1.001 if backend == "triton" else 1)
-
-    monkeypatch.setattr(ops, "gate", wrong)
-    stages = ops.OVERLOADS["normalize_gate"]  # the gate of a block in training
-    stage = lambda *arguments: stages["triton"](*arguments) * 1.001  # noqa: E731
-    monkeypatch.setitem(ops.OVERLOADS, "normalize_gate", {**stages, "triton": stage})
-    log = []
-    rows = _measure_operators(log.append)
-    assert [line.split(" is not timed")[0] for line in log] == [
-        "toy 3x4 gate triton", "toy 3x4 block triton",
-    ]  # fmt: skip
-    timed = {row["operator"] for row in rows if row["provider"] == "triton"}
-    assert timed == {"axial_squeeze", "axial_attention_pair", "broadcast_add"}
-
-
-def test_the_command_of_the_operators(tmp_path):
-    command = ["-m", "bench", "operators", "--device", "cpu", "--cases", "T1", "--quick"]
-    done = subprocess.run(
-        [sys.executable, *command, "--providers", "eager", "--out", tmp_path],
-        cwd=ROOT, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    path = tmp_path / "operators-float32-batch1.json"
-    assert len(results.read(path)["rows"]) == 10
-    assert path.with_suffix(".png").read_bytes().startswith(PNG)
-    assert "1x T1 32x64 float32 block step, call: eager" in done.stdout
-
-
-# --- on a CPU --------------------------------------------------------------------------------
-
-
-def test_every_map_of_a_cpu_is_listed_once():
-    listed = cpu.shapes(CASES)
-    sizes = {(case.channels, case.key_dim, case.heads, *size) for case, size in listed}
-    assert len(listed) == len(sizes)
-    wanted = {
-        (case.channels, case.key_dim, case.heads, *size)
-        for case in CASES.values()
-        for size in case.maps.values()
-    }
-    assert sizes == wanted | {(192, 16, 8, side, side) for side in SWEEP_SIDES}
-    assert max(height * width for *_, height, width in sizes) == 128 * 128
-    # L1 has the sizes of B1: what is listed there is not repeated.
-    assert [size for case, size in listed if case.name == "L1"] == [(14, 14), (64, 128)]
-    compiled = [(case.name, size) for case, size in cpu.compiled(listed)]
-    assert compiled == [
-        ("B1", (16, 16)), ("B1", (32, 32)), ("B2", (8, 8)), ("L2", (16, 16)), ("L3", (8, 8)),
-    ]  # fmt: skip
-
-
-def _cpu_rows(**microseconds):
-    """Rows of two maps, one large, with a limit of 100 us and 10 ms; times by provider."""
-    return [
-        {
-            "kind": "block", "case": "B1", "height": side, "width": side, "batch": 1,
-            "dtype": "float32", "device": "cpu", "threads": threads, "provider": name,
-            "ms": us / 1e3, "ms_limit": limit / 1e3, "of_limit": us / limit,
-        }
-        for threads in (1, 2)
-        for index, (side, limit) in enumerate(((8, 100.0), (64, 10000.0)))
-        for name, us in ((name, times[index]) for name, times in microseconds.items())
-    ]  # fmt: skip
-
-
-def test_the_summary_holds_geometric_means_against_the_targets():
-    rows = _cpu_rows(
-        eager=(600, 20000), reference=(700, 19000), openvino=(130, 16000),
-        onnxruntime=(150, 14400), auto=(150, 9000), channels_last=(120, 12000),
-    )  # fmt: skip
-    found = {
-        (row["threads"], row["layout"], row["figure"]): row for row in cpu.summary(rows)
-    }  # fmt: skip
-    assert len(found) == 2 * 2 * 7
-
-    def holds(threads, layout, figure, value, met):
-        row = found[threads, layout, figure]
-        assert row["value"] == pytest.approx(value)
-        assert row["met"] is met
-        return row
-
-    holds(1, "NCHW", "of the limit, maps from 14x14", 0.9, True)
-    holds(1, "NCHW", "of the limit, maps from 64x64", 0.9, True)
-    holds(1, "channels_last", "of the limit, maps from 14x14", 1.2, False)
-    holds(1, "channels_last", "of the limit, maps from 64x64", 1.2, False)
-    holds(1, "NCHW", "of the limit, smaller maps", 1.5, None)
-    holds(1, "NCHW", "us over the limit, smaller maps", 50, False)
-    row = holds(1, "channels_last", "us over the limit, smaller maps", 20, True)
-    assert row["note"] == "at most 20.0, B1 8x8"
-    over_peers = (130 / 150 * 14400 / 9000) ** 0.5
-    row = holds(1, "NCHW", "best peer over ours", over_peers, False)
-    assert row["note"] == "openvino at 1, onnxruntime at 1"
-    assert (row["maps"], row["target"]) == (2, ">= 1.2")
-    assert found[2, "NCHW", "best peer over ours"]["target"] == ">= 1.5"
-    row = holds(2, "NCHW", "the same, worst map", 130 / 150, False)
-    assert row["note"] == "B1 8x8, openvino"
-    over_eager = (600 / 150 * 20000 / 9000) ** 0.5
-    holds(1, "NCHW", "eager over ours", over_eager, True)
-    holds(2, "NCHW", "eager over ours", over_eager, False)
-    printed = cpu.summary_table(list(found.values()))
-    assert printed.count("not met") == sum(row["met"] is False for row in found.values())
-    assert len(re.findall("ours in NCHW, 1 thread ", printed)) == 1
-
-
-def test_the_table_of_a_cpu_shows_times_and_ratios():
-    rows = _cpu_rows(eager=(600, 20000), openvino=(130, 16000), auto=(100, 9000))
-    # A map at which ours is refused has no line, and a peer that is refused no time.
-    rows = [
-        row
-        for row in rows
-        if (row["threads"], row["height"], row["provider"])
-        not in ((1, 8, "auto"), (2, 64, "openvino"))
-    ]
-    lines = cpu.table(rows).splitlines()
-    assert [" ".join(line.split()) for line in lines if line.startswith("B1")] == [
-        "B1 64x64 10000.0 20000.0 (2.00) 16000.0 (1.60) 9000.0 (0.90) 1.78x openvino, 2.22x",
-        "B1 8x8 100.0 600.0 (6.00) 130.0 (1.30) 100.0 (1.00) 1.30x openvino, 6.00x",
-        "B1 64x64 10000.0 20000.0 (2.00) - 9000.0 (0.90) 2.22x eager, 2.22x",
-    ]
-    assert [line for line in lines if "thread" in line] == [
-        "1 thread, float32, batch 1: us (of the limit)",
-        "2 threads, float32, batch 1: us (of the limit)",
-    ]
-
-
-def test_the_targets_are_bounds():
-    assert [cpu.Target(1, "<").met(x) for x in (0.9, 1)] == [True, False]
-    assert [cpu.Target(1, "<=").met(x) for x in (1, 1.1)] == [True, False]
-    assert [cpu.Target(1, ">=").met(x) for x in (1, 0.9)] == [True, False]
-
-
-@pytest.mark.parametrize("runtime", peers.PACKAGES)
-def test_a_runtime_computes_what_eager_does(runtime):
-    if reason := peers.refusal(runtime):
-        pytest.skip(reason)
-    block = block_of(TOY)
-    inputs = [torch.randn(2, 8, 5, 4) for _ in range(2)]
-    with torch.inference_mode():
-        model = measuring._provide(runtime, block)
-        bound = [model.bind(x) for x in inputs]
-        outputs = [model(taken) for taken in bound]
-        expected = [as_eager(block)(x) for x in inputs]
-    assert len({out.data_ptr() for out in outputs}) == 2, "a result is not overwritten"
-    for out, wanted in zip(outputs, expected, strict=True):
-        torch.testing.assert_close(out, wanted)
-
-
-def test_runtimes_take_as_many_threads_as_torch():
-    block, x = block_of(TOY), torch.randn(1, 8, 3, 4)
-    for count in (1, 2):
-        with with_threads(count):
-            if peers.refusal("onnxruntime") is None:
-                runtime = peers.OnnxRuntime(block)
-                runtime.bind(x)
-                assert runtime._loaded.get_session_options().intra_op_num_threads == count
-            if peers.refusal("openvino") is None:
-                runtime = peers.OpenVino(block)
-                runtime.bind(x)
-                assert runtime._loaded.get_property("INFERENCE_NUM_THREADS") == count
-    reasons = list(filter(None, map(peers.refusal, peers.PACKAGES)))
-    if reasons:
-        pytest.skip("; ".join(reasons))
-    assert peers.exported.cache_info().hits >= 3, "one export serves both, and all threads"
-
-
-def test_a_missing_package_is_named(monkeypatch):
-    there = {"onnx", "onnxruntime"}
-    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: name in there or None)
-    assert peers.refusal("onnxruntime") == "not installed: onnxscript"
-    assert peers.refusal("openvino") == "not installed: onnxscript, openvino"
-    assert refusal("openvino", CASES["B1"], CPU, torch.float32) == peers.refusal("openvino")
-    assert available(["openvino"], CASES["B1"], CPU, torch.float32) == ["eager"]
-
-
-def test_freezing_is_switched_on_while_it_compiles(monkeypatch):
-    import torch._inductor.config as inductor
-
-    seen = []
-
-    def compiled(function, dynamic):
-        assert not isinstance(function, torch.nn.Module), "code that no other block shares"
-
-        def call(x):
-            seen.append(inductor.freezing)
-            return function(x)
-
-        return call
-
-    monkeypatch.setattr(torch, "compile", compiled)
-    block, x = block_of(TOY), torch.randn(1, 8, 3, 4)
-    with torch.inference_mode():
-        model = measuring._provide("freezing", block)
-        assert torch.equal(model(model.bind(x)), as_eager(block)(x))
-    assert seen == [True, False]
-
-
-def test_channels_last_maps_are_made_ahead():
-    block, x = block_of(TOY), torch.randn(2, 8, 3, 4)
-    model = measuring._provide("channels_last", block)
-    taken = model.bind(x)
-    assert taken.is_contiguous(memory_format=torch.channels_last)
-    with torch.inference_mode():
-        out = model(taken)
-        assert out.is_contiguous(memory_format=torch.channels_last)
-        torch.testing.assert_close(out, as_eager(block)(x))
-
-
-class _ResultBytes(TorchDispatchMode):
-    """Adds up the results of operators that compute."""
-
-    def __init__(self):
-        super().__init__()
-        self.bytes = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        is_view = any(result.alias_info is not None for result in func._schema.returns)
-        if not is_view and func.overloadpacket.__name__ not in ("_unsafe_view", "empty"):
-            first = out[0] if isinstance(out, (tuple, list)) else out
-            self.bytes += first.numel() * first.element_size()
-        return out
-
-
-def test_memory_is_what_the_allocator_hands_out(library):
-    rows = memory.measure([(CASES["T1"], (32, 32)), (TOY, (3, 4))], 2, [1, 2])
-    assert [(row["case"], row["threads"]) for row in rows] == [
-        ("T1", 1), ("toy", 1), ("T1", 2), ("toy", 2),
-    ]  # fmt: skip
-    for row in rows:
-        case = CASES.get(row["case"], TOY)
-        x = torch.randn(2, case.channels, row["height"], row["width"])
-        assert row["result_bytes"] == x.numel() * 4
-        block = as_eager(block_of(case))
-        with torch.no_grad(), _ResultBytes() as results_of:
-            block(x)
-        assert row["eager_bytes"] >= results_of.bytes - row["result_bytes"]
-        assert row["eager_bytes"] > row["eager_peak_bytes"] > 0
-        assert row["of_eager"] == row["scratch_bytes"] / row["eager_bytes"]
-    one, _, two, _ = rows
-    assert 0 < one["scratch_bytes"] < two["scratch_bytes"] < one["eager_peak_bytes"]
-    lines = cpu.other_lines(rows).splitlines()
-    assert [line.split(":")[0] for line in lines] == [
-        "scratch of our block, 1 thread", "scratch of our block, 2 threads",
-    ]  # fmt: skip
-
-
-def test_the_share_of_the_attention_is_what_its_blocks_take(monkeypatch):
-    class Slow(torch.nn.Module):
-        def forward(self, x):
-            time.sleep(0.02)
-            return x
-
-    monkeypatch.setattr(models, "_SHARE_CALLS", 3)
-    attention = SeaAttention(8, 4, 1)
-    slow = models.Segmenter(
-        torch.nn.Sequential(attention, Slow()).eval(), torch.randn(1, 8, 6, 8), "slow rest"
-    )
-    shares = slow.attention_shares()
-    assert set(shares) == {"eager", "ours"}
-    assert all(0 < share < 0.5 for share in shares.values())
-    attention.register_forward_pre_hook(lambda *_: time.sleep(0.02))
-    # Hooks of the block are timed with it: those that were there before lie outside.
-    fast = models.Segmenter(torch.nn.Sequential(attention).eval(), torch.randn(1, 8, 6, 8), "all")
-    measured = fast.measure(0)
-    row = {**fast.row(measured), "attention_share_eager": 0.5, "attention_share": 0.25}
-    assert (row["height"], row["width"], row["threads"]) == (6, 8, torch.get_num_threads())
-    assert row["speedup"] == pytest.approx(row["ms_eager"] / row["ms"])
-    assert "of which attention 50 %; replaced" in cpu.other_lines([row])
-
-
-def test_the_command_of_a_cpu(tmp_path, library):
-    command_line = ["-m", "bench", "cpu", "--quick", "--cases", "T1", "--threads", "1", "2"]
-    done = subprocess.run(
-        [sys.executable, *command_line, "--out", tmp_path],
-        cwd=ROOT, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    path = tmp_path / "cpu-float32-batch1.json"
-    document = results.read(path)
-    installed = [name for name in peers.PACKAGES if peers.refusal(name) is None]
-    found = Counter(
-        (row["threads"], row["provider"]) for row in document["rows"] if row["kind"] == "block"
-    )
-    assert found == Counter(
-        (threads, name)
-        for threads in (1, 2)
-        for name in ("eager", "reference", "auto", "channels_last", *installed)
-    )
-    for name in set(peers.PACKAGES) - set(installed):
-        assert f"{name} is not timed: not installed" in done.stdout
-    assert Counter(row["kind"] for row in document["rows"])["memory"] == 2
-    assert {row["threads"] for row in document["summary"]} == {1, 2}
-    assert path.with_suffix(".png").read_bytes().startswith(PNG)
-    for text in ("1 thread, float32, batch 1", "ours in channels_last, 2 threads", "not met"):
-        assert text in done.stdout
-
-
-def test_the_command_of_a_cpu_needs_the_library(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(command, "auto_backend", lambda *_: "reference")
-    arguments = command._parser().parse_args(["cpu", "--out", str(tmp_path)])
-    assert command.run_cpu(arguments) == 1
-    assert "no C++ block to time" in capsys.readouterr().out
-
-
-def test_the_command_of_a_cpu_asks_for_what_was_wanted(rows, tmp_path, monkeypatch, capsys):
-    asked = []
-
-    def measured(case, size, providers, device, dtype, batch, *, log, threads, **_):
-        asked.append((case.name, size, set(providers), batch, list(threads)))
-        return []
-
-    monkeypatch.setattr(command, "auto_backend", lambda *_: "cpu")
-    monkeypatch.setattr(command, "measure", measured)
-    monkeypatch.setattr(memory, "measure", lambda *_: [])
-    timed_models = []
-    monkeypatch.setattr(
-        models, "measure", lambda variants, *_: timed_models.append(list(variants)) or []
-    )
-    fixed = ["cpu", "--cases", "B2", "--out", str(tmp_path)]
-    everything = {*cpu.PEERS, *cpu.OURS}
-    for more, compiled, batch, threads, variants in (
-        ([], 1, 1, sorted({1, torch.get_num_threads()}), ["b", "l"]),
-        (["--compiled", "all", "--batch", "16", "--threads", "2"], 5, 16, [2], ["b", "l"]),
-        (["--compiled", "none", "--models"], 0, 1, sorted({1, torch.get_num_threads()}), []),
-    ):
-        asked.clear()
-        assert command.run_cpu(command._parser().parse_args([*fixed, *more])) == 1, "no rows"
-        assert len(asked) == 5
-        assert sum(providers == everything for _, _, providers, *_ in asked) == compiled
-        assert {(given, tuple(counts)) for *_, given, counts in asked} == {(batch, tuple(threads))}
-        assert timed_models.pop() == variants
-        assert f"torch.compile is timed at {compiled} of 5 maps" in capsys.readouterr().out
 
 
 # --- the run on a GPU ------------------------------------------------------------------------
@@ -1157,26 +865,38 @@ def test_gpu_script_runs_every_part_and_reports(tmp_path):
     summary = done.stdout[done.stdout.index("== some-gpu, sm_90") :]
     parts = {line.split()[0]: int(line.split()[2]) for line in summary.splitlines()[1:]}
     assert list(parts) == [
-        "library", "kernels", "tests", "latency", "blocks", "blocks-64", "autotune", "operators",
+        "library", "kernels", "tests", "all", "latency", "batch-64", "compiled", "autotune",
     ]  # fmt: skip
-    assert parts["tests"] == 3
-    assert parts["kernels"] == parts["operators"] == 0
+    # In this folder there is nothing to make.
+    assert (parts["tests"], parts["library"] > 0) == (3, True)
+    assert not any(parts[name] for name in parts if name not in ("tests", "library"))
     asked = (tmp_path / "asked").read_text()
     assert "static --targets sm_90 --all" in asked
     (tests,) = re.findall(r"pytest -q -m gpu .*", asked)
     assert {"tests/test_triton.py", "tests/test_block.py", "tests/test_gpu.py"} <= {*tests.split()}
-    compared = "reference triton compile"
-    for batch, providers in ((1, compared), (64, compared), (1, "triton autotune")):
-        wanted = rf"bench run .* --dtype float16 --batch {batch} --providers {providers}$"
-        assert re.search(wanted, asked, re.MULTILINE), wanted
-    files = ["static.json", "tests.txt"]
-    for line in re.findall(r"bench (?:run|operators) .*", asked):
-        folder, kind, batch = re.search(r"--out (\S+).*--dtype (\S+) --batch (\d+)", line).groups()
-        name = f"{folder}/{'operators-' * ('operators' in line)}{kind}-batch{batch}"
-        files += [f"{name}.json"] + [f"{name}.png"] * ("--no-chart" not in line)
+    timed = [
+        command._parser().parse_args([*line.replace("--device cuda", "--device cpu").split()])
+        for line in re.findall(r"-m bench (run .*)", asked)
+    ]
+    assert "--device cpu" not in asked
+    everything, latency, *blocks = timed
+    assert set(everything.what) == set(run.WHAT)
+    assert everything.modes is everything.cases is everything.maps is None
+    assert latency.dtype == "float32"
+    assert {given.dtype for given in (everything, *blocks)} == {"float16"}
+    assert [(given.batch, given.peers) for given in blocks] == [
+        (64, ["reference", "triton", "compile"]),
+        (1, ["triton", "compile"]),
+        (1, ["triton", "autotune"]),
+    ]
+    files = [f"{out}/static.json", f"{out}/tests.txt"]
+    for given in timed:
+        assert given.no_chart
+        files.append(f"{given.out}/{given.dtype}-batch{given.batch}.json")
     assert len(set(files)) == len(files), "a part writes over the file of another"
     assert len(files) <= 8
-    limits = re.findall(r"^part \S+ (\d+)", script.read_text(), re.MULTILINE)
+    limits = re.findall(r"^(?:part|timed) \S+ (\d+)", script.read_text(), re.MULTILINE)
+    assert len(limits) == len(parts)
     assert sum(map(int, limits)) < 8 * 60
 
 
