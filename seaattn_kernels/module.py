@@ -31,9 +31,14 @@ def run(
 ) -> Tensor:
     """The forward of a block by the operators, or by ``eager`` where they cannot stand in.
 
-    In eval mode without gradients from folded weights, otherwise by the training pass.
+    In eval mode without gradients from folded weights, otherwise by the training pass. For ONNX by
+    ``eager`` too, whatever the backend.
     """
     if ops.transformed() and backend in ("auto", "reference"):
+        return eager(x)
+    # Other runtimes know standard operators only.
+    exporting = torch.compiler.is_exporting() or torch.jit.is_tracing()
+    if exporting and torch.onnx.is_in_onnx_export():
         return eager(x)
     try:
         if torch.is_grad_enabled() and _differentiates(block, x):
