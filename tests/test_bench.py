@@ -141,9 +141,11 @@ def test_as_eager_copies_and_converts_every_block():
 @pytest.fixture(scope="module")
 def rows():
     found = []
-    for name, size in (("T1", (4, 4)), ("T2", (4, 4)), ("T2", (4, 8))):
-        work = Block(CASES[name], size, setting(batch=2))
-        found += measure(work, ["reference"], seconds=0, seeds=SEEDS[:4])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bench.timing.FEWEST_ROUNDS", 2)
+        for name, size in (("T1", (4, 4)), ("T2", (4, 4)), ("T2", (4, 8))):
+            work = Block(CASES[name], size, setting(batch=2))
+            found += measure(work, ["reference"], seconds=0, seeds=SEEDS[:4])
     return found
 
 
@@ -506,6 +508,32 @@ def test_the_command_measures_and_draws(tmp_path):
     assert document["not_timed"] == ["reference, forward of gate: it is eager here"]
 
 
+def test_operators_and_blocks_are_timed_in_both_modes(tmp_path, monkeypatch, hasty, capsys):
+    """By eager alone: nothing but it is compared."""
+    monkeypatch.setattr(results, "commit", lambda: "abc")
+    given = (
+        "--what",
+        "block",
+        *OPERATORS,
+        "--maps",
+        "3x4",
+        "--peers",
+        "eager",
+        "--seconds",
+        "0.01",
+    )
+    assert run.run(_arguments(tmp_path, *given)) == 0
+    (source,) = tmp_path.glob("*.json")
+    found = Counter((r["what"], r["mode"], r["provider"]) for r in results.read(source)["rows"])
+    assert found == Counter(
+        (what, mode, "eager") for what in ("block", *OPERATORS) for mode in ("forward", "step")
+    )
+    assert source.with_suffix(".png").read_bytes()[:8] == PNG
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if " eager " in line]
+    assert ["block", "step", "T1", "3x4", "eager", "call"] in [line[:6] for line in lines]
+    assert len(lines) == 10
+
+
 class _Measured:
     """Stands in for ``measure``: rows of every provider that runs, and none is timed."""
 
@@ -774,6 +802,7 @@ def test_the_demo_fails_where_the_model_is_wrong(tmp_path, capsys, monkeypatch):
 
     _shortened(monkeypatch, SEEDS[:2])
     monkeypatch.setattr(demo.seaformer, "seaformer_segmenter", wrong)
+    monkeypatch.setattr(demo, "photograph", lambda path: picture.photograph(path)[..., :128, :128])
     monkeypatch.setattr(demo, "SWEEP_SIDES", (8,))
     assert demo.run(variant="t", device="cpu", out=tmp_path, quick=True) == 1
     printed = capsys.readouterr().out

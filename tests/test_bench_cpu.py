@@ -2,15 +2,13 @@
 
 import os
 import re
-import subprocess
-import sys
 import time
 from collections import Counter
 from functools import partial
 
 import pytest
 import torch
-from bench_toys import CPU, GPU, PNG, ROOT, TOY, block, row
+from bench_toys import CPU, GPU, PNG, TOY, block, row
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import __main__ as command
@@ -212,7 +210,7 @@ class _ResultBytes(TorchDispatchMode):
         return out
 
 
-def test_memory_is_what_the_allocator_hands_out(library):
+def test_memory_is_what_the_allocator_hands_out(library, hasty):
     rows = []
     for case, size in ((CASES["T1"], (32, 32)), (TOY, (3, 4))):
         work = block(batch=2, case=case, size=size)
@@ -366,13 +364,10 @@ def test_answers_are_compared_by_pixel():
 # --- bench cpu -------------------------------------------------------------------------------
 
 
-def test_the_command_of_a_cpu(tmp_path, library):
-    arguments = ["-m", "bench", "cpu", "--quick", "--cases", "T1", "--threads", "1", "2"]
-    done = subprocess.run(
-        [sys.executable, *arguments, "--out", tmp_path],
-        cwd=ROOT, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_the_command_of_a_cpu(tmp_path, library, hasty, capsys):
+    fixed = ["cpu", "--quick", "--cases", "T1", "--threads", "1", "2", "--out", str(tmp_path)]
+    assert command.run_cpu(command._parser().parse_args(fixed)) == 0
+    printed = capsys.readouterr().out
     path = tmp_path / "cpu-float32-batch1.json"
     document = results.read(path)
     installed = [name for name in peers.PACKAGES if peers.refusal(name) is None]
@@ -383,14 +378,14 @@ def test_the_command_of_a_cpu(tmp_path, library):
         for name in ("eager", "reference", "auto", "channels_last", *installed)
     )
     for name in set(peers.PACKAGES) - set(installed):
-        assert f"{name} is not timed: not installed" in done.stdout
+        assert f"{name} is not timed: not installed" in printed
     for r in document["rows"]:
         assert (r["peak_bytes"] is None) == (r["provider"] in peers.PACKAGES)
     assert {r["threads"] for r in document["summary"]} == {1, 2}
     assert path.with_suffix(".png").read_bytes().startswith(PNG)
     for text in ("1 thread, float32, batch 1", "ours in channels_last, 2 threads", "not met",
                  "scratch of our block, 2 threads"):  # fmt: skip
-        assert text in done.stdout
+        assert text in printed
 
 
 def test_the_command_of_a_cpu_needs_the_library(tmp_path, monkeypatch, capsys):
