@@ -803,6 +803,7 @@ def test_the_demo_fails_where_the_model_is_wrong(tmp_path, capsys, monkeypatch):
     _shortened(monkeypatch, SEEDS[:2])
     monkeypatch.setattr(demo.seaformer, "seaformer_segmenter", wrong)
     monkeypatch.setattr(demo, "photograph", lambda path: picture.photograph(path)[..., :128, :128])
+    monkeypatch.setattr(demo, "replace_sea_attention", lambda model: "the report")
     monkeypatch.setattr(demo, "SWEEP_SIDES", (8,))
     assert demo.run(variant="t", device="cpu", out=tmp_path, quick=True) == 1
     printed = capsys.readouterr().out
