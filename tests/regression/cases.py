@@ -51,8 +51,9 @@ def _slice_of_channels(x: Tensor) -> Tensor:
 
 
 def _expanded(x: Tensor) -> Tensor:
-    """The first value of each channel everywhere, by strides of 0."""
-    return x[(slice(None), slice(None), *[slice(0, 1)] * (x.dim() - 2))].expand(x.shape)
+    """By strides of 0: the first pixel of a map everywhere, the first image of axis vectors."""
+    first = x[:, :, :1, :1] if x.dim() == 4 else x[:1]
+    return first.expand(x.shape)
 
 
 LAYOUTS = {

@@ -4,7 +4,7 @@ import error_budget
 import pytest
 from cases import BACKENDS, DTYPES
 
-STORED = error_budget.load()
+MACHINE, STORED = error_budget.load()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
@@ -19,7 +19,7 @@ def test_no_error_has_grown(name, backend, dtype, request):
     groups = {key for key in STORED if key.endswith(end) and _is_of(key, start, end)}
     assert found.keys() == groups, "missing or stale: python tests/regression/error_budget.py"
     for key, error in found.items():
-        assert not error_budget.grown(error, STORED[key]), (key, error, STORED[key])
+        assert not error_budget.grown(error, STORED[key], MACHINE), (key, error, STORED[key])
 
 
 def _is_of(key, start, end):
@@ -34,10 +34,15 @@ def test_every_entry_is_of_a_sample():
     assert {key.split(", ")[-2] for key in STORED} == set(BACKENDS)
 
 
-def test_the_comparison_can_say_no():
+@pytest.mark.parametrize("on", [error_budget.machine(), "another"])
+def test_the_comparison_can_say_no(on):
     stored = error_budget.Error(1.0, 3.0)
-    assert not error_budget.grown(stored, stored)
-    assert not error_budget.grown(error_budget.Error(0.5, 0.5), stored)
-    assert error_budget.grown(error_budget.Error(1.2, 3.0), stored)
-    assert error_budget.grown(error_budget.Error(1.0, 5.0), stored)
-    assert error_budget.grown(error_budget.Error(float("nan"), 3.0), stored)
+    factor = 1 if on == "another" else 0.5
+    for rms, maximum, expected in (
+        (1.0, 3.0, False),
+        (0.5, 0.5, False),
+        (1 + 1.5 * factor, 3.0, True),
+        (1.0, 13.0 * factor, True),
+        (float("nan"), 3.0, True),
+    ):
+        assert error_budget.grown(error_budget.Error(rms, maximum), stored, on) == expected
