@@ -19,7 +19,7 @@ READY := $(VENV)/.library
 endif
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: setup demo test static bench bench-cpu sanitize lint clean
+.PHONY: setup demo test regression mutants static bench bench-cpu sanitize lint clean
 
 setup: $(READY)
 
@@ -28,6 +28,13 @@ demo: setup
 
 test: setup
 	$(PY) -m pytest -m "not slow" $(ARGS)
+
+# What a change must not break; then the faults that this must notice, planted one at a time.
+regression: setup
+	$(PY) -m pytest tests/regression $(ARGS)
+
+mutants: setup
+	$(PY) tests/regression/mutants.py $(ARGS)
 
 static: setup
 	$(PY) -m bench static $(ARGS)
