@@ -31,7 +31,7 @@ test: setup
 
 # What a change must not break; then the faults that this must notice, planted one at a time.
 regression: setup
-	$(PY) -m pytest tests/regression $(ARGS)
+	$(PY) -m pytest -m slow $(ARGS)
 
 mutants: setup
 	$(PY) tests/regression/mutants.py $(ARGS)

@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "seaattn_kernels"
 DOWNWARD = {
     "__init__": {"graphs", "ops", "module", "patch"},
     "graphs": {"checks"},
+    "ultralytics": {"module"},
     "__main__": {"", "locate", "native", "ops", "patch", "verify"},
     "locate": {"seaformer"},
     "verify": {"budget", "ops", "reference", "seaformer", "module"},

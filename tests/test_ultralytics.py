@@ -1,0 +1,55 @@
+"""In Ultralytics itself: models from YAML, training, resuming, checkpoints, fuse, ONNX."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("ultralytics", exc_type=ImportError)
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory):
+    settings = tmp_path_factory.mktemp("settings")
+
+    def run(name, folder, file=None):
+        command = [file] if file else [ROOT / "tests" / "ultralytics_stages.py", name, folder]
+        environment = {**os.environ, "YOLO_CONFIG_DIR": str(settings), "PYTHONPATH": str(ROOT)}
+        environment.pop("TRITON_INTERPRET", None)
+        done = subprocess.run(
+            [sys.executable, *command],
+            cwd=folder, env=environment, capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+        return done.stdout
+
+    return run
+
+
+def test_a_yaml_may_name_the_layer_after_register_alone(stage, tmp_path):
+    stage("register", tmp_path)
+
+
+def test_train_reopen_replace_predict_fuse_export(stage, tmp_path):
+    for name in ("train", "reopen", "export"):
+        stage(name, tmp_path)
+
+
+def test_resume(stage, tmp_path):
+    for name in ("stop", "resume"):
+        stage(name, tmp_path)
+
+
+def test_the_processes_of_ddp_register(stage, tmp_path):
+    stage("ddp", tmp_path)
+    # Without the schemas: torchvision's import is this environment's matter, not the file's.
+    text = (tmp_path / "process.py").read_text()
+    assert (
+        "    from seaattn_kernels.integrations.ultralytics import register\n    register()\n"
+        in text
+    )
+    compile(text, "process.py", "exec")
