@@ -22,7 +22,13 @@ def models(backend):
 
 @pytest.mark.parametrize("kind", ["module", "replaced"])
 @pytest.mark.parametrize(
-    ("backend", "dynamic"), [("auto", False), ("auto", True), ("reference", False), ("cpu", True)]
+    ("backend", "dynamic"),
+    [
+        ("auto", False),
+        pytest.param("auto", True, marks=pytest.mark.slow),
+        pytest.param("reference", False, marks=pytest.mark.slow),
+        ("cpu", True),
+    ],
 )
 def test_onnx_has_standard_operators_alone(library, kind, backend, dynamic):
     onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")

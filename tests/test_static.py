@@ -25,6 +25,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_command(tmp_path):
     path = tmp_path / "static.json"
     kernels = ["gate_kernel", "combine_kernel", "spread_kernel"]

@@ -98,6 +98,7 @@ def test_attention_of_the_small_model_has_maps_of_some_size():
     assert seen == [8, 8, 4, 4] + [8] * 6 + [4] * 3
 
 
+@pytest.mark.slow
 def test_the_command_trains_and_draws(tmp_path):
     pytest.importorskip("sklearn")
     done = subprocess.run(
