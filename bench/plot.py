@@ -286,19 +286,21 @@ def _draw(
 ) -> None:
     """Points of ``every`` map, ``lines`` through means; ``more``: what their labels end with."""
     for name, style in _STYLES.items():
-        if name not in lines:
+        if name not in every:
             continue
-        points = sorted(lines[name].items())
+        points = sorted(lines.get(name, {}).items())
+        label = _LABELS[name] + (more or {}).get(name, "")
         mean = [geometric_mean(values) for _, values in points]
         flat = [(x, y) for x, values in sorted(every[name].items()) for y in values]
         if len(flat) > len(points) and style["marker"]:
             axes.plot(
                 *zip(*flat, strict=True),
                 color=style["color"], marker=style["marker"], linestyle="", markersize=3, alpha=0.5,
+                label=None if points else label,
             )  # fmt: skip
             style = {**style, "marker": ""}
-        label = _LABELS[name] + (more or {}).get(name, "")
-        axes.plot([x for x, _ in points], mean, label=label, **style)
+        if points:
+            axes.plot([x for x, _ in points], mean, label=label, **style)
 
 
 def _name(row: Mapping) -> str:
