@@ -134,8 +134,9 @@ def run_cpu(arguments: argparse.Namespace) -> int:
     wanted = arguments.compiled or ("none" if arguments.quick else "512")
     compiled = {"512": cpu.compiled(shapes), "all": shapes, "none": []}[wanted]
     setting = Setting(device, dtype, arguments.batch)
+    first = Block(*shapes[0], setting)
     for name in peers.PACKAGES:
-        if reason := refusal(name, Block(CASES["B1"], (8, 8), setting)):
+        if reason := refusal(name, first):
             print(f"{name} is not timed: {reason}")
     print(f"torch.compile is timed at {len(compiled)} of {len(shapes)} maps")
     variants = (
@@ -178,13 +179,12 @@ def run_cpu(arguments: argparse.Namespace) -> int:
 
 def _save(arguments: argparse.Namespace, rows: list[dict], name: str, **more: object) -> None:
     """Write a result file and, unless it is not wanted, its chart; print where they are."""
-    device = arguments.device
-    folder = arguments.out or (run.SCRATCH if arguments.quick else results.results_dir(device))
-    document = {**results.document(rows, device), **more}
-    results.write(folder / name, document)
-    print(folder / name)
+    path = run.folder(arguments) / name
+    document = {**results.document(rows, arguments.device), **more}
+    results.write(path, document)
+    print(path)
     if not arguments.no_chart:
-        for picture in plot(document, (folder / name).with_suffix(".png")):
+        for picture in plot(document, path.with_suffix(".png")):
             print(picture)
 
 

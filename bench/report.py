@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import geometric_mean
 
+from bench import results
 from bench.plot import plot
 
 _README = Path(__file__).parents[1] / "README.md"
@@ -40,8 +41,6 @@ def into_readme(path: Path, readme: Path = _README) -> None:
     Raises:
         ValueError: if README has no place for a summary.
     """
-    from bench import results
-
     folder = path.resolve().parent.relative_to(readme.resolve().parent).as_posix()
     pictures = [
         f"{folder}/{name}"

@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -118,16 +118,20 @@ def jobs(arguments: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Work
                 yield f"model {mode} {variant}", partial(Model, variant, setting)
 
 
-def _sizes(arguments: argparse.Namespace, case: Case) -> list[_Size]:
-    if arguments.maps is None:
-        return [case.maps["640" if case.yolo else "512"]]
-    listed = (case.maps.values() if size == "table" else [size] for size in arguments.maps)
-    return list(dict.fromkeys(size for sizes in listed for size in sizes))
+def _listed(arguments: argparse.Namespace, names: Iterable[str]) -> list[tuple[Case, _Size]]:
+    """The maps of these cases that were asked for, each once."""
+    found = []
+    for case in map(CASES.get, names):
+        usual = [case.maps["640" if case.yolo else "512"]]
+        for asked in usual if arguments.maps is None else arguments.maps:
+            sizes = case.maps.values() if asked == "table" else [asked]
+            found += [(case, size) for size in sizes]
+    return list(dict.fromkeys(found))
 
 
 def _blocks(arguments: argparse.Namespace, mode: str) -> list[tuple[Case, _Size]]:
     names = arguments.cases or (CASES if mode == "forward" else STEP_CASES)
-    found = [(CASES[name], size) for name in names for size in _sizes(arguments, CASES[name])]
+    found = _listed(arguments, names)
     if mode == "forward" and arguments.maps is None and SWEPT in names:
         sides = (*SWEEP_SIDES, *LARGE_SIDES)
         found += [(CASES[SWEPT], (side, side)) for side in sides]
@@ -136,8 +140,7 @@ def _blocks(arguments: argparse.Namespace, mode: str) -> list[tuple[Case, _Size]
 
 
 def _operators(arguments: argparse.Namespace) -> list[tuple[Case, _Size]]:
-    names = dict.fromkeys(arguments.cases or OPERATOR_CASES)
-    found = [(CASES[name], size) for name in names for size in _sizes(arguments, CASES[name])]
+    found = _listed(arguments, arguments.cases or OPERATOR_CASES)
     return found[:1] if arguments.quick else found
 
 
@@ -147,6 +150,13 @@ def _wanted(arguments: argparse.Namespace, work: Work) -> list[str]:
     slow = ("compile",) if arguments.quick else ()
     slow += _SLOW_FOR_MODELS if work.kind == "model" else ()
     return [name for name in DEFAULT_PROVIDERS if name not in slow]
+
+
+def folder(arguments: argparse.Namespace) -> Path:
+    """Where result files go: a quick one is none to keep."""
+    if arguments.out:
+        return arguments.out
+    return SCRATCH if arguments.quick else results.results_dir(arguments.device)
 
 
 def line(row: dict) -> str:
@@ -175,8 +185,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     threads = torch.get_num_threads()
-    folder = arguments.out or (SCRATCH if arguments.quick else results.results_dir(device))
-    path = folder / f"{arguments.dtype}-batch{arguments.batch}-threads{threads}.json"
+    path = folder(arguments) / f"{arguments.dtype}-batch{arguments.batch}-threads{threads}.json"
     document = {**results.document([], device), "not_timed": [], "done": []}
     if arguments.resume and path.exists():
         found = results.read(path)

@@ -1,6 +1,7 @@
 """What is timed: a block, an operator or a whole model at one shape, forward or a training step."""
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -75,7 +76,7 @@ class _ChannelsLast:
         return self._candidate(given)
 
 
-class Work:
+class Work(ABC):
     """Something to time, with what is needed to check it.
 
     A candidate takes what :meth:`given` makes: a map; the tensors of an operator; of a training
@@ -92,12 +93,13 @@ class Work:
     flops: int
     bytes: int
 
+    @abstractmethod
     def given(self, seed: int) -> object:
-        raise NotImplementedError
+        """An input of every candidate."""
 
+    @abstractmethod
     def exact(self, given: object) -> Result:
         """The result in float64."""
-        raise NotImplementedError
 
     def smooth(self) -> "Work":
         """The work that is judged in place of this one.
@@ -107,12 +109,13 @@ class Work:
         """
         return self
 
+    @abstractmethod
     def refusal(self, provider: str) -> str | None:
         """Why ``provider`` does not do this, whatever the device; None where it does."""
-        raise NotImplementedError
 
+    @abstractmethod
     def candidate(self, provider: str) -> Callable:
-        raise NotImplementedError
+        """What ``provider`` calls."""
 
     def limit(self) -> Roofline:
         return Roofline(self.flops, self.bytes, self.setting.dtype, self.setting.device)
@@ -136,22 +139,21 @@ class _ModuleWork(Work):
     """Of a module that holds blocks, on one map."""
 
     module: nn.Module
+    _result: Sequence[int]  # the shape
 
+    @abstractmethod
     def _maps(self, seed: int) -> Tensor:
-        raise NotImplementedError
+        """The map."""
 
+    @abstractmethod
     def _ours(self, backend: str) -> nn.Module:
-        raise NotImplementedError
+        """The module on this package."""
 
     def given(self, seed: int) -> object:
         x = self._maps(seed)
         if not self.setting.step:
             return x
-        with torch.no_grad():
-            out = copy.deepcopy(self.module)(x)
-        generator = torch.Generator().manual_seed(seed)
-        upstream = torch.randn(out.shape, generator=generator).to(out)
-        return [x.requires_grad_()], [upstream]
+        return [x.requires_grad_()], [_normal(100 * seed + 50, self._result, self.setting)]
 
     def exact(self, given: object) -> Result:
         module = as_eager(self.module).double()
@@ -207,6 +209,7 @@ class Block(_ModuleWork):
         self, case: Case, size: tuple[int, int], setting: Setting, smooth: bool = False
     ) -> None:
         self.case, self.size, self.setting, self._table = case.name, size, setting, case
+        self._result = (setting.batch, case.channels, *size)
         block = block_of(case, smooth)
         self.module = block.to(setting.device, setting.dtype).train(setting.step)
         # A backward has two products for one, and reads and writes as much as a forward.
@@ -225,7 +228,7 @@ class Block(_ModuleWork):
         return ProductTime(listed, self.setting.dtype)
 
     def _maps(self, seed: int) -> Tensor:
-        return _normal(seed, (self.setting.batch, self._table.channels, *self.size), self.setting)
+        return _normal(seed, self._result, self.setting)
 
     def _ours(self, backend: str) -> nn.Module:
         block = copy.deepcopy(self.module)
@@ -271,6 +274,7 @@ class Model(_ModuleWork):
         # On shapes alone: counting runs nothing.
         with FlopCounterMode(display=False) as counted, torch.no_grad():
             out = as_eager(self.module).to("meta")(self._picture.to("meta"))
+        self._result = out.shape
         forward = counted.get_total_flops()
         self.flops = 3 * forward if setting.step else forward
         moved = self._picture.numel() + out.numel() + sum(p.numel() for p in module.parameters())
