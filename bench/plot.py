@@ -135,8 +135,9 @@ def _chart(left: Axes, right: Axes, rows: Sequence[Mapping]) -> None:
         axes.minorticks_off()
         axes.set_xlabel("map, H x W (axis: pixels)")
         axes.grid(color="0.8", linewidth=0.5)
-        title = f"lines: {swept[0]['case']}" if alone and len(swept) < len(rows) else None
-        axes.legend(fontsize="small" if len(times) > 6 else None, title=title)
+    # One legend, where no line ends: in the upper left of what grows.
+    title = f"lines: {swept[0]['case']}" if alone and len(swept) < len(rows) else None
+    right.legend(fontsize="small" if len(times) > 6 else None, title=title, loc="upper left")
 
 
 def _pixels(rows: Sequence[Mapping]) -> set[int]:
