@@ -15,8 +15,10 @@ TAG := $(shell $(PYTHON) -c "import sys, torch; print(sys.implementation.cache_t
 READY := build/library-$(TAG)
 else
 PY := $(VENV)/bin/python
-READY := $(VENV)/.library
+READY := $(VENV)/.ultralytics
 endif
+ULTRALYTICS := ultralytics ultralytics-thop torchvision opencv-python-headless
+ULTRALYTICS += polars polars-runtime-32 psutil pyyaml requests urllib3 idna certifi charset-normalizer
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 
 .PHONY: setup demo test regression mutants static bench bench-cpu sanitize lint clean
@@ -81,6 +83,11 @@ $(VENV)/.torch: constraints.txt
 
 $(VENV)/.library: $(VENV)/.torch $(LIBRARY_SOURCES)
 	$(PIP) --constraint constraints.txt --no-build-isolation --editable '.[test,bench,lint]'
+	touch $@
+
+# For its tests alone, without what it would add to a torch for CPUs and a machine without a screen.
+$(VENV)/.ultralytics: $(VENV)/.library
+	$(PIP) --constraint constraints.txt --no-deps $(ULTRALYTICS)
 	touch $@
 
 build/library-$(TAG): $(LIBRARY_SOURCES)

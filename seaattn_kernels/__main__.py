@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import pickle
 import platform
 import sys
 from importlib import metadata
@@ -95,6 +96,18 @@ def explain(source: str, trust: bool) -> int:
     return 0
 
 
+def migrate(source: Path, target: Path, trust: bool) -> int:
+    from seaattn_kernels import migrate as migration
+
+    if not trust:
+        sys.exit(f"opening {source} runs code of the file: add --trust if you trust it")
+    try:
+        print(migration.migrate(source, target))
+    except (ValueError, OSError, RuntimeError, pickle.UnpicklingError) as error:
+        sys.exit(str(error))
+    return 0
+
+
 def verify(golden: Path | None) -> int:
     from seaattn_kernels import verify as judge
 
@@ -130,6 +143,14 @@ def main(argv: list[str] | None = None) -> int:
     )
     command.add_argument("--trust", action="store_true", help="unpickle models: runs their code")
     command.set_defaults(function=explain)
+
+    command = commands.add_parser(
+        "migrate", help="a pickled model with copies of the block: written with this package's"
+    )
+    command.add_argument("source", type=Path, help="a file of torch.save")
+    command.add_argument("target", type=Path, help="where the new file goes")
+    command.add_argument("--trust", action="store_true", help="unpickle models: runs their code")
+    command.set_defaults(function=migrate)
 
     command = commands.add_parser("verify", help="golden files and odd shapes on every backend")
     command.add_argument("--golden", type=Path, help="folder of the golden .npz files")

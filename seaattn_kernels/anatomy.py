@@ -74,6 +74,14 @@ class Anatomy:
         return [getattr(layer, name) for layer, name in self.position]
 
 
+def resembles(module: nn.Module) -> bool:
+    """Whether a module looks like a block: by its layers, or else by its class."""
+    names = [name for name, _ in module.named_children()]
+    squeezes = any(name.startswith(("proj_encode_", "pos_emb_")) for name in names)
+    called = type(module).__name__.lower().replace("_", "")
+    return {"to_q", "to_k", "to_v"} <= set(names) and (squeezes or "seaattention" in called)
+
+
 def dissect(
     block: nn.Module, trusted: Iterable[type] | None = OWN, hard: bool | None = None
 ) -> Anatomy:

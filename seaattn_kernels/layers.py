@@ -1,7 +1,8 @@
 """The layers a block is made of, with upstream's names, initialisation and state_dict keys."""
 
 import copy
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,13 @@ _ACTIVATIONS = {
 #: The activations that the operators compute.
 ACTIVATIONS = tuple(_ACTIVATIONS.values())
 _NORMS = {"BN": nn.BatchNorm2d, "BN2d": nn.BatchNorm2d, "SyncBN": nn.SyncBatchNorm}
+
+_PART = re.compile(
+    r"(?P<prefix>(?:.*\.)?)(?P<part>to_[qkv]|dwconv|pwconv|proj|proj_encode_(?:row|col|column)"
+    r"|pos_emb_(?:row|col|column)[qk])\.(?P<rest>.+)"
+)
+#: Names of the layers of a ``Conv2d_BN`` in copies, and upstream's.
+_LAYERS = {"": "c", "conv": "c", "0": "c", "norm": "bn", "1": "bn"}
 
 
 def activation_name(layer: nn.Module | None) -> str | None:
@@ -95,6 +103,33 @@ class Conv2d_BN(nn.Sequential):
         if self.bn.affine:
             nn.init.constant_(self.bn.weight, bn_weight)
             nn.init.zeros_(self.bn.bias)
+
+
+def upstream_keys(keys: Iterable[str]) -> dict[str, str]:
+    """Upstream's name for each key of a state_dict, which copies of the block spell otherwise.
+
+    Within a block (a prefix that has ``to_q`` and tables ``pos_emb_*``): ``*_col*`` for
+    ``*_column*``, ``conv`` or ``0`` for ``c``, ``norm`` or ``1`` for ``bn``, another name of a
+    table for ``pos_embed``, a convolution without a container. Other keys stay what they are.
+    """
+    keys = list(keys)
+    prefixes = {key[: found.start()] for key in keys if (found := re.search(r"\bto_q\.", key))}
+    tabled = {key[: found.start()] for key in keys if (found := re.search(r"\bpos_emb_\w", key))}
+    named = {}
+    for key in keys:
+        named[key] = key
+        matched = _PART.fullmatch(key)
+        if matched is None or matched["prefix"] not in prefixes & tabled:
+            continue
+        part = re.sub(r"_col(?=[qk]?$)", "_column", matched["part"])
+        if part.startswith("pos_emb_"):
+            named[key] = f"{matched['prefix']}{part}.pos_embed"
+        else:
+            index = "1." if part.startswith("proj") else ""
+            rest = matched["rest"].removeprefix(index)
+            head, _, leaf = rest.rpartition(".")
+            named[key] = f"{matched['prefix']}{part}.{index}{_LAYERS.get(head, head)}.{leaf}"
+    return named
 
 
 class HSigmoid(nn.Module):

@@ -41,7 +41,13 @@ def _in_file(path: Path, trust: bool) -> Iterator[Located]:
         content = torch.load(path, map_location="cpu", weights_only=not trust)
     except Exception as error:
         if trust:
-            raise ValueError(f"{path} cannot be loaded: {error}") from error
+            hint = ""
+            if isinstance(error, (ImportError, AttributeError)):
+                hint = (
+                    ". Where that is a copy of Sea_Attention, python -m seaattn_kernels migrate "
+                    "writes a file that does without"
+                )
+            raise ValueError(f"{path} cannot be loaded: {error}{hint}") from error
         raise ValueError(
             f"{path} holds more than weights, or is no file of torch.save. Loading a pickled model "
             "runs code of the file: add --trust if you trust it"

@@ -1,6 +1,5 @@
 """Swap the Sea_Attention blocks of a model for the operators of this package, and back."""
 
-import contextlib
 import copy
 import copyreg
 import dataclasses
@@ -17,7 +16,7 @@ import torch.distributed
 from torch import Tensor, nn
 
 from seaattn_kernels import ops, probe
-from seaattn_kernels.anatomy import Anatomy, Obstacle, facts
+from seaattn_kernels.anatomy import Anatomy, Obstacle, facts, resembles
 from seaattn_kernels.checks import autocast_dtype
 from seaattn_kernels.fold import FoldCache, traced
 from seaattn_kernels.module import SeaAttention, run
@@ -27,15 +26,7 @@ _RECORD = "_seaattn"
 _TRAINING_OPERATORS = ("training", "axial_attention_pair")
 
 
-# --- recognition -----------------------------------------------------------------------------
-
-
-def _resembles(module: nn.Module) -> bool:
-    """Whether a report should mention a module: by its layers, or else by its class."""
-    names = [name for name, _ in module.named_children()]
-    squeezes = any(name.startswith(("proj_encode_", "pos_emb_")) for name in names)
-    called = type(module).__name__.lower().replace("_", "")
-    return {"to_q", "to_k", "to_v"} <= set(names) and (squeezes or "seaattention" in called)
+# --- what is reported -------------------------------------------------------------------------
 
 
 def _describe(row: Row, parts: Anatomy, hard: bool) -> None:
@@ -328,11 +319,17 @@ def _survey(model: nn.Module, backend: str | None) -> tuple[Report, list[_Found]
                 row.backend, row.reason = None, str(reason)
         elif isinstance(module, SeaAttention):
             report[name] = row = Row(name, type(module).__name__)
-            with contextlib.suppress(Obstacle):
+            row.backend = module.backend
+            try:
                 parts = module._folds.anatomy(module)
                 _describe(row, parts, parts.hard)
-            row.backend = f"{module.backend} (a module of this package)"
-        elif _resembles(module):
+                if row.backend == "auto":
+                    _settle(row, parts, row.backend)
+            except Obstacle as reason:
+                row.backend, row.reason = None, str(reason)
+            else:
+                row.reason = row.reason or "already, a module of this package"
+        elif resembles(module):
             report[name] = row = Row(name, _original(type(module)).__name__)
             try:
                 _check_forward(module)

@@ -23,8 +23,11 @@ class Row:
     def _cells(self) -> tuple[str, str, str]:
         """As text: variant, shape, backend or reason."""
         variant = f"{self.kind}: {self.variant}" if self.variant else self.kind
-        runs = f"seaattn_kernels: {self.backend}" if self.backend else "own forward"
-        return variant, self.shape or "-", f"{runs}: {self.reason}" if self.reason else runs
+        if self.backend:
+            runs = f"seaattn_kernels: {self.backend}" + f" ({self.reason})" * bool(self.reason)
+        else:
+            runs = "own forward" + f": {self.reason}" * bool(self.reason)
+        return variant, self.shape or "-", runs
 
 
 class Report(dict[str, Row]):

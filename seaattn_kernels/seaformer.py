@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seaattn_kernels.layers import Conv2d_BN, HSigmoid
+from seaattn_kernels.layers import Conv2d_BN, HSigmoid, upstream_keys
 from seaattn_kernels.module import SeaAttention
 
 
@@ -316,11 +316,18 @@ def seaformer_segmenter(variant: str, num_classes: int = 150, backend: str = "au
     return Segmenter(_config(variant), num_classes, backend)
 
 
-class LoadReport(NamedTuple):
-    """Keys of the model that a checkpoint lacks, and keys of the checkpoint the model lacks."""
-
+class _Keys(NamedTuple):
     missing: list[str]
     unexpected: list[str]
+
+
+class LoadReport(_Keys):
+    """Keys of the model that a checkpoint lacks, and keys of the checkpoint the model lacks.
+
+    ``renamed``: what a copy of the block calls otherwise, and under which key it was loaded.
+    """
+
+    renamed: Mapping[str, str]
 
 
 def checkpoint_weights(checkpoint: Mapping) -> dict[str, Tensor]:
@@ -358,11 +365,12 @@ def recognise(weights: Mapping[str, Tensor]) -> str | None:
 
 
 def load_checkpoint(model: nn.Module, checkpoint: str | Path | Mapping) -> LoadReport:
-    """Load an official checkpoint into a model, or into its ``backbone``.
+    """Load a checkpoint into a model, or into its ``backbone``.
 
     Takes the weights under ``state_dict_ema``, ``state_dict`` or ``model`` if there are any, strips
-    a ``module.`` prefix, copies every key that the model has, and reports the others. Tensors only
-    are unpickled from a file.
+    a ``module.`` prefix, copies every key that the model has, and reports the others. Blocks may
+    have the keys of the known copies (:func:`layers.upstream_keys`). Tensors only are unpickled
+    from a file.
 
     Raises:
         ValueError: if no key of the checkpoint belongs to the model, or a shape differs.
@@ -372,6 +380,10 @@ def load_checkpoint(model: nn.Module, checkpoint: str | Path | Mapping) -> LoadR
         checkpoint = torch.load(checkpoint, map_location="cpu", weights_only=True)
     weights = checkpoint_weights(checkpoint)
     own = model.state_dict()
+    upstream = upstream_keys(weights)
+    # Only what the model lacks: a model may have layers under the names of a copy.
+    renamed = {k: to for k, to in upstream.items() if k != to and k not in own and to in own}
+    weights = {renamed.get(key, key): value for key, value in weights.items()}
     if not weights.keys() & own.keys():
         name = source if isinstance(source, (str, Path)) else "the checkpoint"
         raise ValueError(f"no key of {name} belongs to {type(model).__name__}: {list(weights)[:3]}")
@@ -381,5 +393,6 @@ def load_checkpoint(model: nn.Module, checkpoint: str | Path | Mapping) -> LoadR
                 f"{key} has shape {tuple(weights[key].shape)} in the checkpoint, "
                 f"{tuple(own[key].shape)} in the model"
             )
-    missing, unexpected = model.load_state_dict(weights, strict=False)
-    return LoadReport(missing, unexpected)
+    report = LoadReport(*model.load_state_dict(weights, strict=False))
+    report.renamed = renamed
+    return report

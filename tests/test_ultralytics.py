@@ -53,3 +53,19 @@ def test_the_processes_of_ddp_register(stage, tmp_path):
         in text
     )
     compile(text, "process.py", "exec")
+
+
+def test_a_checkpoint_of_an_edited_source(stage, tmp_path):
+    stage("edited", tmp_path)
+
+
+def test_the_example(stage, tmp_path):
+    told = stage("example", tmp_path)
+    assert "ONNX Runtime differs by" in told
+
+
+def test_explain(stage, tmp_path):
+    told = stage("explained", tmp_path)
+    assert "DetectionModel: 2 of its" in told
+    assert "a module of this package" in " ".join(told.split())
+    assert "DetectionModel: none of its" in told

@@ -9,8 +9,10 @@ them, and Ultralytics uses its own suppression of boxes.
 # Settings and schemas must be there before the imports.
 
 import os
+import runpy
 import shutil
 import sys
+import types
 from pathlib import Path
 
 os.environ |= {"YOLO_AUTOINSTALL": "False", "YOLO_OFFLINE": "True"}
@@ -203,6 +205,77 @@ def ddp(folder: Path) -> None:
     assert dist.generate_ddp_file is not generate
 
 
+def script(folder: Path) -> None:
+    """A file of a user's, ``script.py``."""
+    runpy.run_path(str(folder / "script.py"), run_name="__main__")
+
+
+def example(folder: Path) -> None:
+    """The example, on the photographs."""
+    sys.argv = [
+        "yolo.py", "--data", str(_data(folder)), "--levels", "P4", "P5", "--epochs", "1",
+        "--imgsz", str(SIZE), "--device", "cpu", "--out", str(folder / "out"),
+    ]  # fmt: skip
+    path = Path(__file__).parents[1] / "examples" / "yolo.py"
+    runpy.run_path(str(path), run_name="__main__")
+    (table,) = (folder / "out" / "train").glob("results.csv")
+    assert len(table.read_text().splitlines()) == 2
+
+
+def edited(folder: Path) -> None:
+    """A checkpoint of a hand-edited copy: the class was in a file of Ultralytics."""
+    import eager_blocks
+    import ultralytics.nn.modules as modules
+
+    from seaattn_kernels.migrate import migrate
+
+    class Edited(eager_blocks.Sea_Attention):
+        def __init__(self, channels, source, dim=None, *arguments):
+            super().__init__(channels[source], *arguments[:3])
+
+    copies = types.ModuleType("ultralytics.nn.modules.sea")
+    names = {"Conv2d_BN": eager_blocks.Conv2d_BN, "h_sigmoid": eager_blocks.h_sigmoid}
+    names |= {"SqueezeAxialPositionalEmbedding": eager_blocks.SqueezeAxialPositionalEmbedding}
+    for name, kind in {**names, "Sea_Attention": Edited}.items():
+        kind.__module__, kind.__qualname__ = copies.__name__, name
+        setattr(copies, name, kind)
+    sys.modules[copies.__name__] = modules.sea = copies
+    # A parser that knows the class, as the edited one did.
+    integration.register()
+    tasks.Sea_Attention = tasks.SeaAttention = Edited
+    model = YOLO(_model(folder))
+    blocks = [layer for layer in model.model.modules() if type(layer) is Edited]
+    assert len(blocks) == 2
+    verify.randomise(model.model).eval()
+    x = torch.rand(1, 3, SIZE, SIZE)
+    with torch.no_grad():
+        expected = model.model(x)[0]
+    torch.save({"model": model.model, "ema": None, "train_args": {}}, folder / "edited.pt")
+    integration.unregister()
+    del sys.modules[copies.__name__], modules.sea
+    opened = migrate(folder / "edited.pt", folder / "migrated.pt")
+    assert [block.reason for block in opened.blocks] == [None, None]
+    integration.register()
+    model = YOLO(folder / "migrated.pt")
+    assert len(_attention(model)) == 2
+    with torch.no_grad():
+        torch.testing.assert_close(model.model.eval()(x)[0], expected, rtol=1e-3, atol=1e-2)
+    _boxes(model)
+
+
+def explained(folder: Path) -> None:
+    """The tables of a model that has blocks, and of one that has none."""
+    integration.register()
+    config = integration.with_attention("yolov8n.yaml", ("P3", "P5"))
+    print(explain(tasks.DetectionModel(config, verbose=False)))
+    print(explain(tasks.DetectionModel("yolov8n.yaml", verbose=False)))
+
+
 if __name__ == "__main__":
-    stages = {f.__name__: f for f in (register, train, reopen, export, stop, resume, ddp)}
+    stages = {
+        f.__name__: f
+        for f in (
+            register, train, reopen, export, stop, resume, ddp, script, example, edited, explained
+        )
+    }  # fmt: skip
     stages[sys.argv[1]](Path(sys.argv[2]))
