@@ -28,12 +28,15 @@ setup: $(READY)
 demo: setup
 	$(PY) -m seaattn_kernels demo $(ARGS)
 
+# On both of two cores, where pytest-xdist is there.
+WORKERS = $(shell $(PY) -c "import xdist" 2>/dev/null && echo --numprocesses 2 --dist worksteal)
+
 test: setup
-	$(PY) -m pytest -m "not slow" $(ARGS)
+	$(PY) -m pytest $(WORKERS) -m "not slow" $(ARGS)
 
 # What a change must not break; then the faults that this must notice, planted one at a time.
 regression: setup
-	$(PY) -m pytest -m slow $(ARGS)
+	$(PY) -m pytest $(WORKERS) -m slow $(ARGS)
 
 mutants: setup
 	$(PY) tests/regression/mutants.py $(ARGS)

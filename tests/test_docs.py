@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -84,8 +85,9 @@ def test_snippets(page, tmp_path, monkeypatch):
     assert {block.needs for block in found} <= {"", "gpu", "ultralytics"}
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("ultralytics") is None, reason="ultralytics is not installed")
 def test_snippets_for_ultralytics(tmp_path):
-    pytest.importorskip("ultralytics", exc_type=ImportError)
     text = "".join(
         b.text for page in PAGES for b in blocks(page, "python") if b.needs == "ultralytics"
     )

@@ -2,6 +2,7 @@
 
 import io
 import logging
+import zipfile
 from collections import Counter
 
 import eager_blocks
@@ -60,6 +61,56 @@ def test_an_exported_program_keeps_the_fused_operator(library):
         program = torch.export.export(model, (x,))
         assert "seaattn_kernels.sea_attention.cpu" in str(program.graph)
         torch.testing.assert_close(program.module()(x), model(x))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["module", "replaced"])
+def test_aot_inductor_keeps_the_fused_operator(library, kind, tmp_path):
+    model = models("cpu")[kind].requires_grad_(False)
+    x = torch.randn(2, 3, 18, 24)
+    free = (dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC),)
+    with torch.no_grad():
+        program = torch.export.export(model, (x,), dynamic_shapes=free)
+        path = torch._inductor.aoti_compile_and_package(
+            program, package_path=str(tmp_path / "model.pt2")
+        )
+        package = zipfile.ZipFile(path)
+        sources = [package.read(name) for name in package.namelist() if name.endswith(".cpp")]
+        fused = sum(text.count(b"seaattn_kernels::sea_attention") > 0 for text in sources)
+        fused += sum(
+            b"seaattn_kernels::sea_attention" in package.read(name)
+            for name in package.namelist()
+            if name.endswith(".json")
+        )
+        assert fused
+        loaded = torch._inductor.aoti_load_package(path)
+        for shape in ((2, 3, 18, 24), (1, 3, 31, 40)):
+            x = torch.randn(shape)
+            torch.testing.assert_close(loaded(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_openvino_takes_the_onnx_file(library, tmp_path):
+    openvino = pytest.importorskip("openvino")
+    pytest.importorskip("onnxscript")
+    model = models("auto")["replaced"]
+    program = torch.onnx.export(
+        model, (torch.randn(2, 3, 14, 17),), dynamo=True, opset_version=18, verbose=False,
+        dynamic_shapes=(dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC),),
+    )  # fmt: skip
+    program.save(str(tmp_path / "model.onnx"))
+    converted = openvino.convert_model(tmp_path / "model.onnx")
+    openvino.save_model(converted, tmp_path / "model.xml", compress_to_fp16=False)
+    # Without the hint it computes in half precision where the machine can.
+    compiled = openvino.compile_model(
+        tmp_path / "model.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
+    )
+    for shape in ((2, 3, 14, 17), (1, 3, 40, 33)):
+        x = torch.randn(shape)
+        with torch.no_grad():
+            expected = model(x)
+        found = torch.from_numpy(compiled(x.numpy())[0])
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_after_an_export_the_operators_run_again(library, monkeypatch):

@@ -496,15 +496,19 @@ def test_a_fold_is_kept_and_checked_in_microseconds():
     block = make(torch.float32)
     folded = cached(block)
     assert cached(block) is folded
-    best = 1.0
+    best = unit = 1.0
     for _ in range(20):  # a shared machine has slow moments, which say nothing of the code
         with torch.no_grad():
             runs = timeit.repeat(lambda: block._folds.get(block), number=100, repeat=20)
         best = min(best, *(run / 100 for run in runs))
-        if best < 10e-6:
+        runs = timeit.repeat(lambda: sum(range(1000)), number=100, repeat=20)
+        unit = min(unit, *(run / 100 for run in runs))
+        # Ten microseconds where Python adds a thousand numbers in eight, as at 3 GHz.
+        limit = 10e-6 * max(1, unit / 8e-6)
+        if best < limit:
             break
         time.sleep(0.5)
-    assert best < 10e-6
+    assert best < limit
 
 
 def test_a_forward_with_gradients_drops_the_fold():

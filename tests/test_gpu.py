@@ -8,6 +8,7 @@ import torch
 
 from seaattn_kernels import SeaAttention, graphed, ops, reference, verify
 from seaattn_kernels.kernels import launch
+from seaattn_kernels.seaformer import seaformer_segmenter
 
 pytestmark = pytest.mark.gpu
 
@@ -162,6 +163,20 @@ def test_compiles_whole(training):
         found, expected = (torch.autograd.grad(t.square().sum(), x)[0] for t in (ours, theirs))
         error = (found - expected).norm() / expected.norm()
         assert error < 1e-3
+
+
+def test_graphs_of_the_compiler_replay_a_whole_model():
+    torch._dynamo.reset()
+    model = verify.randomise(seaformer_segmenter("t", 10)).cuda().eval()
+    compiled = torch.compile(model, fullgraph=True, mode="reduce-overhead")
+    with torch.no_grad():
+        for seed in range(4):
+            torch.manual_seed(seed)
+            x = torch.randn(2, 3, 64, 96, device="cuda")
+            found = compiled(x).clone()
+            torch.testing.assert_close(found, model(x), atol=1e-2, rtol=1e-2)
+    counters = torch._dynamo.utils.counters["inductor"]
+    assert counters["cudagraph_skips"] == 0
 
 
 def test_products_follow_the_switch_of_tf32(monkeypatch):

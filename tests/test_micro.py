@@ -1,6 +1,7 @@
 """The microbenchmarks: collected by pytest, in groups, and comparable as its users know it."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,8 @@ def test_micro(tmp_path, library):
             "--benchmark-max-time=0.01", "--benchmark-min-rounds=1",
         ],
         cwd=ROOT, capture_output=True, text=True, timeout=300,
+        # Beside other workers of a parallel run pytest-benchmark would time nothing.
+        env={k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(path.read_text())["benchmarks"]
