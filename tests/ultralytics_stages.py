@@ -263,6 +263,36 @@ def edited(folder: Path) -> None:
     _boxes(model)
 
 
+def compiled(folder: Path) -> None:
+    """One graph up to their decoding of boxes, which is many for each size, as without us."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    integration.register()
+    attended = integration.with_attention("yolov8n.yaml", ("P4", "P5"))
+
+    def graphs(config: dict | str, decode: bool) -> list[int]:
+        """So many there are after each size."""
+        model = verify.randomise(tasks.DetectionModel(config, verbose=False)).eval()
+        model.model[-1].training = not decode  # the head's: maps come out
+        torch._dynamo.reset()
+        counter = CompileCounterWithBackend("eager")
+        found = torch.compile(model, fullgraph=not decode, backend=counter)
+        counts = []
+        for size in ((64, 96), (96, 128), (128, 64), (160, 192)):
+            x = torch.rand(2, 3, *size)
+            with torch.no_grad():
+                ours, theirs = found(x), model(x)
+            key = 0 if decode else "boxes"
+            torch.testing.assert_close(ours[key], theirs[key], rtol=1e-3, atol=1e-2)
+            counts.append(len(counter.graphs))
+        return counts
+
+    assert graphs(attended, decode=False) == [1, 2, 2, 2]
+    found, plain = (np.diff(graphs(config, decode=True)) for config in (attended, "yolov8n.yaml"))
+    # From the second size on both go by sizes of their own.
+    assert found[1:].tolist() == plain[1:].tolist(), (found, plain)
+
+
 def explained(folder: Path) -> None:
     """The tables of a model that has blocks, and of one that has none."""
     integration.register()
@@ -275,7 +305,8 @@ if __name__ == "__main__":
     stages = {
         f.__name__: f
         for f in (
-            register, train, reopen, export, stop, resume, ddp, script, example, edited, explained
+            register, train, reopen, export, stop, resume, ddp, script, example, edited, compiled,
+            explained,
         )
     }  # fmt: skip
     stages[sys.argv[1]](Path(sys.argv[2]))
