@@ -114,7 +114,8 @@ def folder(tmp_path_factory):
         "def build(variant, classes):\n    return seaformer(variant, classes)\n"
     )
     results = next((ROOT / "bench" / "results").glob("**/cpu-float32-batch16.json"))
-    for name in ("OLD", "NEW", "FILE"):
+    for name in ("OLD", "NEW", "FILE", "before/a.json", "after/a.json"):
+        (where / name).parent.mkdir(exist_ok=True)
         shutil.copy(results, where / name)
     for name in ("bench", "tests"):
         (where / name).symlink_to(ROOT / name)

@@ -69,13 +69,25 @@ SLACK = Error(0.02, 0.1)
 
 
 def machine() -> str:
-    """What decides in which order sums are made."""
+    """What decides in which order sums are made, and in which dtype.
+
+    Processors of one name differ in what a hypervisor shows of them.
+    """
     model = platform.machine()
     if (info := Path("/proc/cpuinfo")).exists():
         found = re.search(r"model name\s*:\s*(.*)", info.read_text())
         model = found[1] if found else model
     capability = torch.backends.cpu.get_cpu_capability()
-    return f"{model}, {capability}, torch {torch.__version__.split('+')[0]}"
+    native = [
+        name
+        for name, supported in (
+            ("float16", torch.ops.mkldnn._is_mkldnn_fp16_supported),
+            ("bfloat16", torch.ops.mkldnn._is_mkldnn_bf16_supported),
+        )
+        if supported()
+    ]
+    words = [model, capability, *native, f"torch {torch.__version__.split('+')[0]}"]
+    return ", ".join(words)
 
 
 def grown(now: Error, stored: Error, on: str) -> bool:
