@@ -23,7 +23,8 @@ FENCE = re.compile(r"^```(?P<language>\w*) ?(?P<needs>\w*)\n(?P<text>.*?)^```$",
 
 #: What makes a command that takes minutes short.
 _SHORT = {
-    "python -m bench run": "--quick --no-chart --cases B1 --maps 8x8 --peers auto --seconds 0.05",
+    "python -m bench run": "--quick --no-chart --cases B1 --maps 8x8 --peers auto --seconds 0.05"
+    " --out scratch",
     "python -m bench cpu": "--quick --no-chart --cases T1 --out cpu",
     "python -m bench train": "--steps 2 --no-chart --out train",
     "python tests/regression/error_budget.py": "--help",
