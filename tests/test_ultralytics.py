@@ -75,6 +75,9 @@ def test_explain(stage, tmp_path):
     assert told.count("seaattn_kernels: ") == 2
     assert told.count("(already, a module of this") == 2
     assert "DetectionModel: none of its" in told
+    assert "ResNet: none of its" in told
+    assert "Model: 2 of its" in told
+    assert "stride_conv" in told
 
 
 def test_compiles_for_all_sizes(stage, tmp_path):

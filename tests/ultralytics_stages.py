@@ -8,6 +8,7 @@ them, and Ultralytics uses its own suppression of boxes.
 # ruff: noqa: E402
 # Settings and schemas must be there before the imports.
 
+import copy
 import os
 import runpy
 import shutil
@@ -101,6 +102,14 @@ def register(folder: Path) -> None:
     assert [t.shape for t in model.train()(x)["feats"]] == [
         t.shape for t in plain.train()(x)["feats"]
     ]
+    with torch.no_grad():
+        average = copy.deepcopy(verify.randomise(model)).eval()
+        expected = average(x)[0]
+        torch.testing.assert_close(model.eval()(x)[0], expected)
+        with torch.autocast("cpu", torch.bfloat16):
+            mixed = model(x)[0]
+    error = (mixed - expected).norm() / expected.norm()
+    assert error < 0.05, error
     with pytest.raises(ValueError, match="P6"):
         integration.with_attention("yolov8n.yaml", ("P6",))
     integration.unregister()
@@ -294,11 +303,15 @@ def compiled(folder: Path) -> None:
 
 
 def explained(folder: Path) -> None:
-    """The tables of a model that has blocks, and of one that has none."""
+    """The tables of a model that has blocks, of models that have none, and of unknown copies."""
+    import eager_blocks
+
     integration.register()
     config = integration.with_attention("yolov8n.yaml", ("P3", "P5"))
     print(explain(tasks.DetectionModel(config, verbose=False)))
     print(explain(tasks.DetectionModel("yolov8n.yaml", verbose=False)))
+    print(explain(torchvision.models.resnet18(weights=None)))
+    print(explain(eager_blocks.Model(eager_blocks.Strided)))
 
 
 if __name__ == "__main__":
