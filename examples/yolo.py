@@ -17,14 +17,14 @@ import yaml
 from ultralytics import YOLO
 
 from seaattn_kernels import explain
-from seaattn_kernels.integrations.ultralytics import LEVELS, register, with_attention
+from seaattn_kernels.integrations.ultralytics import register, with_attention
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--data", default="coco8.yaml", help="default: %(default)s")
     parser.add_argument("--model", default="yolov8n.yaml", help="default: %(default)s")
-    parser.add_argument("--levels", nargs="+", choices=LEVELS, default=["P5"], help="default: P5")
+    parser.add_argument("--levels", nargs="+", default=["P5"], help="default: P5")
     parser.add_argument("--epochs", type=int, default=3, help="default: %(default)s")
     parser.add_argument("--imgsz", type=int, default=640, help="default: %(default)s")
     parser.add_argument("--device", help="as Ultralytics has it: cpu, 0, 0,1")

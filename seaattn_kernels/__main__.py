@@ -103,7 +103,7 @@ def migrate(source: Path, target: Path, trust: bool) -> int:
         sys.exit(f"opening {source} runs code of the file: add --trust if you trust it")
     try:
         print(migration.migrate(source, target))
-    except (ValueError, OSError, RuntimeError, pickle.UnpicklingError) as error:
+    except (ValueError, OSError, RuntimeError, pickle.PickleError) as error:
         sys.exit(str(error))
     return 0
 

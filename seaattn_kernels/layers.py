@@ -2,6 +2,7 @@
 
 import copy
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -116,6 +117,7 @@ def upstream_keys(keys: Iterable[str]) -> dict[str, str]:
     prefixes = {key[: found.start()] for key in keys if (found := re.search(r"\bto_q\.", key))}
     tabled = {key[: found.start()] for key in keys if (found := re.search(r"\bpos_emb_\w", key))}
     named = {}
+    sizes = Counter(key.rpartition(".")[0] for key in keys)
     for key in keys:
         named[key] = key
         matched = _PART.fullmatch(key)
@@ -123,10 +125,13 @@ def upstream_keys(keys: Iterable[str]) -> dict[str, str]:
             continue
         part = re.sub(r"_col(?=[qk]?$)", "_column", matched["part"])
         if part.startswith("pos_emb_"):
-            named[key] = f"{matched['prefix']}{part}.pos_embed"
+            if sizes[key.rpartition(".")[0]] == 1:
+                named[key] = f"{matched['prefix']}{part}.pos_embed"
         else:
             index = "1." if part.startswith("proj") else ""
-            rest = matched["rest"].removeprefix(index)
+            # A norm that follows the convolution instead of sharing a container with it.
+            rest = re.sub(r"^2\.(?=\w+$)", "1.", matched["rest"]) if index else matched["rest"]
+            rest = rest.removeprefix(index) if rest == matched["rest"] else rest
             head, _, leaf = rest.rpartition(".")
             named[key] = f"{matched['prefix']}{part}.{index}{_LAYERS.get(head, head)}.{leaf}"
     return named

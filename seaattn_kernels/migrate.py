@@ -5,6 +5,7 @@ a hand-edited source opens beside that source alone. Here its copies of the bloc
 :class:`seaattn_kernels.SeaAttention`, whose class is where this package is.
 """
 
+import os
 import pickle
 import types
 from collections.abc import Iterator, Mapping
@@ -57,47 +58,66 @@ def open_checkpoint(path: str | Path) -> Opened:
 
     Unpickling runs code of the file: open what you trust alone. A block whose class can be imported
     is compared with its own forward first, as :func:`replace_sea_attention` does; of one whose
-    class is missing the layers tell all but a gate without a layer, which counts as h_sigmoid.
-    Layers, parameters and buffers stay the objects that they were, under upstream's names.
+    class is missing the layers tell all but a gate that is a function or a class of its own, which
+    counts as h_sigmoid. Blocks, convolutions, norms, parameters and buffers stay the objects that
+    they were, under upstream's names, with the hooks of the block; the layers around them are new.
 
     Raises:
-        ValueError: where classes are missing that are no part of a block, with their names.
-        OSError, pickle.UnpicklingError: where the file cannot be read.
+        ValueError: where classes are missing that are no part of a block, with their names; where
+            the file is TorchScript, or cannot be read for want of a class.
+        OSError, RuntimeError, pickle.UnpicklingError: where the file cannot be read.
     """
-    content = torch.load(path, map_location="cpu", pickle_module=_pickle(), weights_only=False)
-    blocks, missing = [], set()
-    for key, model in _models(content):
+    absent: dict[tuple[str, str], type] = {}
+    try:
+        content = torch.load(
+            path, map_location="cpu", pickle_module=_pickle(absent), weights_only=False
+        )
+    except (TypeError, AttributeError, KeyError, EOFError) as error:
+        raise ValueError(f"{path} cannot be read: {error}{_named(absent)}") from error
+    if isinstance(content, torch.jit.ScriptModule):
+        raise ValueError(f"{path} is TorchScript, which holds code in place of classes")
+    models = list(_models(content))
+    visited = {type(layer) for _, model in models for layer in model.modules()}
+    blocks: list[Mapped] = []
+    for key, model in models:
         for name, layer in list(model.named_modules(prefix=key)):
             foreign = resembles(layer) and not isinstance(layer, SeaAttention)
             if (foreign or isinstance(layer, _Missing)) and (block := _mapped(name, layer)):
                 blocks.append(block)
-        missing |= {
-            _full_name(layer)
-            for name, layer in model.named_modules(prefix=key)
-            if isinstance(layer, _Missing)
-        }
+    left = {type(layer) for _, model in models for layer in model.modules()}
+    missing = {key: kind for key, kind in absent.items() if kind in left or kind not in visited}
     if missing:
-        found = "\n".join(f"{block.name}: {block.reason}" for block in blocks if block.reason)
-        raise ValueError(
-            f"{path} needs classes that are not here: {', '.join(sorted(missing))}"
-            + f"\n{found}" * bool(found)
-        )
+        told = [f"\n{block.name}: {block.reason}" for block in blocks if block.reason]
+        raise ValueError(f"{path} cannot be opened{_named(missing)}{''.join(told)}")
     return Opened(content, blocks)
 
 
 def migrate(source: str | Path, target: str | Path) -> Opened:
     """Write ``target``, a file of ``torch.save`` that opens with this package in place of copies.
 
-    See :func:`open_checkpoint`, whose result and errors these are.
+    See :func:`open_checkpoint`, whose result and errors these are. ``target`` is written whole or
+    not at all, and may be ``source``.
     """
     opened = open_checkpoint(source)
-    torch.save(opened.content, target)
+    partial = Path(f"{target}.partial")
+    try:
+        torch.save(opened.content, partial)
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
     return opened
 
 
-def _pickle() -> types.ModuleType:
-    """The module ``pickle`` with an unpickler that goes on where a class is missing."""
-    found: dict[tuple[str, str], type] = {}
+def _named(classes: Mapping[tuple[str, str], type]) -> str:
+    names = ", ".join(sorted(".".join(key) for key in classes))
+    return f": it needs classes that are not here: {names}" if names else ""
+
+
+def _pickle(absent: dict[tuple[str, str], type]) -> types.ModuleType:
+    """The module ``pickle`` with an unpickler that goes on where a class is missing.
+
+    ``absent`` gets what stands for it, by module and name.
+    """
 
     class Unpickler(pickle.Unpickler):
         def find_class(self, module: str, name: str) -> object:
@@ -106,7 +126,7 @@ def _pickle() -> types.ModuleType:
             except (ImportError, AttributeError):
                 kind = types.new_class(name.rpartition(".")[2], (_Missing,))
                 kind.__module__ = module
-                return found.setdefault((module, name), kind)
+                return absent.setdefault((module, name), kind)
 
     lenient = types.ModuleType("pickle")
     lenient.__dict__.update(vars(pickle))
@@ -115,13 +135,17 @@ def _pickle() -> types.ModuleType:
     return lenient
 
 
-def _models(content: object) -> Iterator[tuple[str, nn.Module]]:
-    if isinstance(content, nn.Module):
-        yield "", content
+def _models(content: object, key: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The models anywhere in dictionaries, lists and tuples, by their keys."""
+    # What stands for a class that was no module has none of a module's attributes.
+    if isinstance(content, nn.Module) and "_modules" in vars(content):
+        yield key, content
     elif isinstance(content, Mapping):
-        for key, value in content.items():
-            if isinstance(value, nn.Module):
-                yield str(key), value
+        for name, value in content.items():
+            yield from _models(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(content, (list, tuple)):
+        for index, value in enumerate(content):
+            yield from _models(value, f"{key}.{index}" if key else str(index))
 
 
 def _mapped(name: str, layer: nn.Module) -> Mapped | None:
@@ -139,12 +163,17 @@ def _mapped(name: str, layer: nn.Module) -> Mapped | None:
     notes = []
     try:
         if missing:
+            if "forward" in vars(layer):
+                raise Obstacle("has a forward of its own in the instance")
             anatomy, error = dissect(layer, trusted=None), None
             hard = anatomy.hard is not False
             notes.append("its class is not here: taken for what its layers say")
-            if anatomy.hard is None and "sigmoid" not in layer._modules:
-                notes.append("its gate is no layer: taken for h_sigmoid")
+            gate = layer._modules.get("sigmoid")
+            clamps = gate is not None and any(type(part) is nn.ReLU6 for part in gate.modules())
+            if anatomy.hard is None and not clamps:
+                notes.append("nothing tells its gate: taken for h_sigmoid")
         else:
+            probe.check_forward(layer, type(layer), alone=True)
             anatomy, hard, error = probe.probe(layer)
     except Obstacle as reason:
         return Mapped(name, was, str(reason))
@@ -169,6 +198,7 @@ def _become(block: nn.Module, anatomy: Anatomy, hard: bool) -> None:
         made = SeaAttention(
             anatomy.channels, anatomy.key_dim, anatomy.heads, ratio, activation=activation
         )
+    made.train(block.training)
     q, k, v, depthwise, pointwise, row, column, proj = anatomy.convolutions
     holders = (
         (made.to_q, q), (made.to_k, k), (made.to_v, v), (made.dwconv, depthwise),
@@ -182,10 +212,13 @@ def _become(block: nn.Module, anatomy: Anatomy, hard: bool) -> None:
         table.pos_embed = getattr(layer, name)
     made.scale = anatomy.scale
     if not hard:
-        made.sigmoid = nn.Sigmoid()
-    made.train(block.training)
+        made.sigmoid = nn.Sigmoid().train(block.training)
     own = {key: value for key, value in vars(block).items() if key not in vars(made)}
-    hooks = {key: value for key, value in vars(block).items() if key.endswith("_hooks")}
+    hooks = {
+        key: value
+        for key, value in vars(block).items()
+        if "_hooks" in key or key == "_is_full_backward_hook"
+    }
     object.__setattr__(block, "__class__", SeaAttention)
     block.__dict__ = {**own, **vars(made), **hooks}
 

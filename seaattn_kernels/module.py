@@ -31,14 +31,14 @@ def run(
 ) -> Tensor:
     """The forward of a block by the operators, or by ``eager`` where they cannot stand in.
 
-    In eval mode without gradients from folded weights, otherwise by the training pass. For ONNX by
-    ``eager`` too, whatever the backend.
+    In eval mode without gradients from folded weights, otherwise by the training pass. For ONNX and
+    under ``torch.jit.trace`` by ``eager``, whatever the backend: what is written is read by others.
     """
     if ops.transformed() and backend in ("auto", "reference"):
         return eager(x)
     # Other runtimes know standard operators only.
-    exporting = torch.compiler.is_exporting() or torch.jit.is_tracing()
-    if exporting and torch.onnx.is_in_onnx_export():
+    onnx = torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
+    if onnx or torch.jit.is_tracing():
         return eager(x)
     try:
         if torch.is_grad_enabled() and _differentiates(block, x):

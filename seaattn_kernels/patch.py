@@ -3,7 +3,6 @@
 import copy
 import copyreg
 import dataclasses
-import inspect
 import sys
 import types
 import warnings
@@ -36,23 +35,6 @@ def _describe(row: Row, parts: Anatomy, hard: bool) -> None:
         variant.append("*_col* keys")
     row.variant = ", ".join(variant)
     row.shape = f"C={parts.channels} heads={parts.heads} D={parts.key_dim} E={parts.value_dim}"
-
-
-def _check_forward(block: nn.Module) -> None:
-    """Raise :class:`Obstacle` where a block is not called as ``block(x)``, or not by its class."""
-    if isinstance(block, torch.jit.ScriptModule):
-        raise Obstacle("is a TorchScript module")
-    if "forward" in block.__dict__:
-        raise Obstacle("has a forward of its own in the instance")
-    parameters = list(inspect.signature(_original(type(block)).forward).parameters.values())[1:]
-    required = [
-        parameter.name
-        for parameter in parameters
-        if parameter.default is parameter.empty
-        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-    ]
-    if len(required) != 1:
-        raise Obstacle(f"its forward takes ({', '.join(required)}), not one map")
 
 
 def _settle(row: Row, parts: Anatomy, backend: str) -> None:
@@ -323,16 +305,15 @@ def _survey(model: nn.Module, backend: str | None) -> tuple[Report, list[_Found]
             try:
                 parts = module._folds.anatomy(module)
                 _describe(row, parts, parts.hard)
-                if row.backend == "auto":
-                    _settle(row, parts, row.backend)
-            except Obstacle as reason:
+                _settle(row, parts, row.backend)
+            except (Obstacle, RuntimeError) as reason:
                 row.backend, row.reason = None, str(reason)
             else:
                 row.reason = row.reason or "already, a module of this package"
         elif resembles(module):
             report[name] = row = Row(name, _original(type(module)).__name__)
             try:
-                _check_forward(module)
+                probe.check_forward(module, _original(type(module)))
                 probed = probe.probe(module)
             except Obstacle as reason:
                 row.reason = str(reason)

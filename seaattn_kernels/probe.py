@@ -6,6 +6,7 @@ and the random state of the program stay as they are.
 """
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
@@ -85,6 +86,28 @@ def probe(block: nn.Module) -> Probed:
     if errors[hard] > TOLERANCE:
         raise Obstacle(f"its forward computes something else (off by {errors[hard]:.1g})")
     return Probed(anatomy, hard, errors[hard])
+
+
+def check_forward(block: nn.Module, kind: type[nn.Module], alone: bool = False) -> None:
+    """Raise :class:`Obstacle` where a block is not called as ``block(x)``, or not by its class.
+
+    Args:
+        kind: the class whose forward it has.
+        alone: refuse more arguments, also where they have defaults.
+    """
+    if isinstance(block, torch.jit.ScriptModule):
+        raise Obstacle("is a TorchScript module")
+    if "forward" in block.__dict__:
+        raise Obstacle("has a forward of its own in the instance")
+    taken = [
+        parameter
+        for parameter in list(inspect.signature(kind.forward).parameters.values())[1:]
+        if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    ]
+    required = [parameter.name for parameter in taken if parameter.default is parameter.empty]
+    if len(required) != 1 or (alone and len(taken) != 1):
+        names = [parameter.name for parameter in taken] if alone else required
+        raise Obstacle(f"its forward takes ({', '.join(names)}), not one map")
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 Names and shapes of the state_dict are upstream's (fudan-zvg/SeaFormer), so its checkpoints load.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -382,7 +383,12 @@ def load_checkpoint(model: nn.Module, checkpoint: str | Path | Mapping) -> LoadR
     own = model.state_dict()
     upstream = upstream_keys(weights)
     # Only what the model lacks: a model may have layers under the names of a copy.
-    renamed = {k: to for k, to in upstream.items() if k != to and k not in own and to in own}
+    twice = Counter(upstream.values())
+    renamed = {
+        key: to
+        for key, to in upstream.items()
+        if key not in own and to in own and to not in weights and twice[to] == 1
+    }
     weights = {renamed.get(key, key): value for key, value in weights.items()}
     if not weights.keys() & own.keys():
         name = source if isinstance(source, (str, Path)) else "the checkpoint"

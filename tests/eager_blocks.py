@@ -252,6 +252,13 @@ class Residual(Sea_Attention):
         return x + super().forward(x)
 
 
+class Masked(Sea_Attention):
+    """Takes more than a map, where it is given more."""
+
+    def forward(self, x, mask=None):
+        return super().forward(x if mask is None else x * mask)
+
+
 class NoScale(Sea_Attention):
     """Scores are not scaled."""
 

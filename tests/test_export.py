@@ -63,6 +63,19 @@ def test_an_exported_program_keeps_the_fused_operator(library):
         torch.testing.assert_close(program.module()(x), model(x))
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["module", "replaced"])
+@pytest.mark.parametrize("backend", ["auto", "cpu"])
+def test_a_trace_has_standard_operators_alone(library, kind, backend):
+    model = models(backend)[kind]
+    with torch.no_grad():
+        traced = torch.jit.trace(model, torch.randn(2, 3, 14, 17))
+        assert "seaattn_kernels::" not in str(traced.inlined_graph)
+        for shape in ((2, 3, 14, 17), (1, 3, 30, 9)):
+            x = torch.randn(shape)
+            torch.testing.assert_close(traced(x), model(x), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["module", "replaced"])
 def test_aot_inductor_keeps_the_fused_operator(library, kind, tmp_path):

@@ -60,7 +60,7 @@ def test_blocks_become_this_packages(copied, tmp_path, kind, there):
     for block in opened.blocks:
         assert block.was == f"somebodys_sea.{kind.__name__}"
         assert (block.error is None) == (not there)
-        told = "its gate is no layer: taken for h_sigmoid" in str(opened)
+        told = "nothing tells its gate: taken for h_sigmoid" in str(opened)
         assert told == (not there and kind in SILENT)
     assert {type(layer).__module__.split(".")[0] for layer in model.modules()} <= {
         "torch", "seaattn_kernels",
@@ -131,6 +131,101 @@ def test_a_copy_that_computes_something_else_stays(tmp_path):
     )
 
 
+class Handed(nn.Module):
+    """A gate of a class of its own that looks like nothing."""
+
+    def forward(self, x):
+        return x.sigmoid()
+
+
+def test_modes_and_hooks_of_a_block_stay(copied, tmp_path):
+    block = copied.Sea_Attention(16).train()
+    block.to_q[1].eval()
+    block.register_forward_pre_hook(_with_keywords, with_kwargs=True)
+    torch.save(block, tmp_path / "a.pt")
+    copied.forget()
+    found = open_checkpoint(tmp_path / "a.pt").content
+    assert (found.training, found.to_q.bn.training, found.to_k.bn.training) == (True, False, True)
+    with pytest.raises(LookupError, match="called"):
+        found(torch.ones(1, 16, 4, 4))
+
+
+def _with_keywords(block, arguments, keywords):
+    raise LookupError("called")
+
+
+def test_models_deep_in_a_file(copied, tmp_path):
+    torch.save({"a": [{"b": (copied.Sea_Attention(16),)}]}, tmp_path / "a.pt")
+    copied.forget()
+    opened = open_checkpoint(tmp_path / "a.pt")
+    assert type(opened.content["a"][0]["b"][0]) is SeaAttention
+    assert [block.name for block in opened.blocks] == ["a.0.b.0"]
+
+
+@pytest.mark.parametrize("where", ["attribute", "entry", "reduced"])
+def test_other_missing_classes_are_named(copied, tmp_path, where):
+    """Wherever they are: nothing stands in for what is no module."""
+
+    class Arguments:
+        __module__, __qualname__ = copied.__name__, "Arguments"
+
+        def __reduce__(self):
+            return (Arguments, (1,)) if where == "reduced" else super().__reduce__()
+
+    copied.Arguments = Arguments
+    block = copied.Sea_Attention(16)
+    content = {"model": block, "arguments": Arguments()}
+    if where == "attribute":
+        block.arguments = content.pop("arguments")
+    torch.save(content, tmp_path / "a.pt")
+    copied.forget()
+    before = (tmp_path / "a.pt").read_bytes()
+    with pytest.raises(ValueError, match=r"not here: .*somebodys_sea\.Arguments"):
+        migrate(tmp_path / "a.pt", tmp_path / "a.pt")
+    assert (tmp_path / "a.pt").read_bytes() == before
+
+
+def test_a_file_is_written_whole_or_not_at_all(copied, tmp_path, monkeypatch):
+    saved(copied.Sea_Attention, tmp_path / "a.pt")
+
+    def broken(content, path):
+        Path(path).write_bytes(b"half")
+        raise RuntimeError("the disk is full")
+
+    monkeypatch.setattr(torch, "save", broken)
+    before = (tmp_path / "a.pt").read_bytes()
+    with pytest.raises(RuntimeError, match="full"):
+        migrate(tmp_path / "a.pt", tmp_path / "a.pt")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
+    assert (tmp_path / "a.pt").read_bytes() == before
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_files_that_hold_no_classes(tmp_path):
+    torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2)), tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="is TorchScript"):
+        open_checkpoint(tmp_path / "a.pt")
+    (tmp_path / "b.pt").write_bytes(b"")
+    with pytest.raises(ValueError, match="cannot be read"):
+        open_checkpoint(tmp_path / "b.pt")
+
+
+def test_forwards_that_a_class_does_not_tell(copied, tmp_path):
+    block = eager.Sea_Attention(16)
+    block.forward = block.gated
+    torch.save(block, tmp_path / "a.pt")
+    assert "has a forward of its own in the instance" in str(open_checkpoint(tmp_path / "a.pt"))
+    torch.save(eager.Masked(16), tmp_path / "b.pt")
+    assert "its forward takes (x, mask), not one map" in str(open_checkpoint(tmp_path / "b.pt"))
+    block = copied.Sea_Attention(16)
+    block.sigmoid = Handed()
+    block.sigmoid.__class__.__module__ = copied.__name__
+    copied.Handed = Handed
+    torch.save(block, tmp_path / "c.pt")
+    copied.forget()
+    assert "nothing tells its gate" in str(open_checkpoint(tmp_path / "c.pt"))
+
+
 def test_missing_classes_that_are_no_block_are_named(copied, tmp_path):
     torch.save(copied.Model(copied.Strided), tmp_path / "a.pt")
     copied.forget()
@@ -183,6 +278,26 @@ def test_weights_of_the_known_copies_load(kind):
         else own.stages[1].pos_emb_rowq.pos_embed,
         model.stages[1].pos_emb_rowq.pos_embed,
     )
+
+
+def test_keys_that_would_collide_stay(tmp_path):
+    block = SeaAttention(16, 4, 2)
+    weights = {
+        **block.state_dict(),
+        "pos_emb_rowq.gain": torch.ones(1),
+        "to_q.0.weight": torch.ones(1),
+    }
+    report = load_checkpoint(block, weights)
+    assert set(report.unexpected) == {"pos_emb_rowq.gain", "to_q.0.weight"}
+    assert not report.renamed
+    flat = {
+        key.replace(".1.c.", ".1.").replace(".1.bn.", ".2."): value
+        for key, value in verify.randomise(SeaAttention(16, 4, 2)).state_dict().items()
+    }
+    report = load_checkpoint(block, flat)
+    assert not report.missing
+    assert not report.unexpected
+    assert report.renamed["proj.2.running_var"] == "proj.1.bn.running_var"
 
 
 def test_keys_outside_a_block_stay():

@@ -87,7 +87,7 @@ def register(folder: Path) -> None:
     integration.register()
     assert tasks.parse_model is not before[0]
     for name in integration.NAMES:
-        config = integration.with_attention("yolov8s.yaml", integration.LEVELS)
+        config = integration.with_attention("yolov8s.yaml", ("P3", "P4", "P5"))
         for row in (*config["backbone"], *config["head"]):
             row[2] = name if row[2] in integration.NAMES else row[2]
         model = tasks.DetectionModel(config, verbose=False)
@@ -110,8 +110,21 @@ def register(folder: Path) -> None:
             mixed = model(x)[0]
     error = (mixed - expected).norm() / expected.norm()
     assert error < 0.05, error
-    with pytest.raises(ValueError, match="P6"):
+    with pytest.raises(ValueError, match="has no P6, but P3, P4, P5"):
         integration.with_attention("yolov8n.yaml", ("P6",))
+    with pytest.raises(ValueError, match="no head that reads several maps"):
+        integration.with_attention("yolov8n-cls.yaml")
+    for name, level, channels, stride in (
+        ("yolov8n-p2.yaml", "P5", 256, 32), ("yolov3-tiny.yaml", "P4", 256, 16),
+        ("yolov8n-seg.yaml", "P3", 64, 8),
+    ):  # fmt: skip
+        config = integration.with_attention(name, (level,))
+        whole = tasks.DetectionModel(config, verbose=False)
+        (block,) = (layer for layer in whole.modules() if isinstance(layer, SeaAttention))
+        seen = []
+        block.register_forward_hook(lambda block, x, out, seen=seen: seen.append(out.shape[1:3]))
+        whole(x)
+        assert seen == [(channels, SIZE // stride)], (name, seen)
     integration.unregister()
     integration.unregister()
     assert (tasks.parse_model, dist.generate_ddp_file) == before
@@ -168,6 +181,16 @@ def export(folder: Path) -> None:
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-3, atol=1e-2)
+    path = YOLO(weights).export(format="torchscript", imgsz=SIZE, device="cpu", verbose=False)
+    traced = torch.jit.load(path)
+    assert "seaattn_kernels::" not in str(traced.inlined_graph)
+    torch.testing.assert_close(traced(x), expected, rtol=1e-3, atol=1e-2)
+    folder = YOLO(weights).export(format="openvino", imgsz=SIZE, device="cpu", verbose=False)
+    openvino = pytest.importorskip("openvino")
+    (file,) = Path(folder).glob("*.xml")
+    compiled = openvino.compile_model(file, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    found = torch.from_numpy(compiled(x.numpy())[0])
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-1)
 
 
 def stop(folder: Path) -> None:

@@ -9,6 +9,7 @@ A checkpoint holds the class below, so it opens wherever this package is install
 what a process needs that builds a model from YAML, such as one that goes on with a training run.
 """
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from functools import wraps
@@ -19,7 +20,6 @@ from seaattn_kernels import module
 
 #: What a YAML may call the layer.
 NAMES = ("SeaAttention", "Sea_Attention")
-LEVELS = ("P3", "P4", "P5")
 #: What was there before, by the object that has it and the name.
 _replaced: dict[tuple[object, str], object] = {}
 _ABSENT = object()
@@ -86,7 +86,8 @@ def with_attention(
 
     Args:
         model: the name of one of its YAML files, with the letter of its scale.
-        levels: of the maps that the detection head reads: ``"P3"``, ``"P4"``, ``"P5"``.
+        levels: of the maps that the detection head reads, by the logarithm of their stride:
+            ``"P3"``, ``"P4"``, ``"P5"`` and, where the model has them, ``"P2"`` and ``"P6"``.
         arguments: of the layers, as in a YAML.
 
     Returns:
@@ -94,16 +95,20 @@ def with_attention(
         ``ultralytics.YOLO`` opens.
 
     Raises:
-        ValueError: for a level that is not there.
+        ValueError: for a level that is not there, a model that is no detector.
     """
     from ultralytics.nn import tasks
 
     config = tasks.yaml_model_load(model)
     rows = [*config["backbone"], *config["head"]]
     inputs = rows[-1][0]
-    if unknown := set(levels) - set(LEVELS[: len(inputs)]):
-        raise ValueError(f"{model} has no {', '.join(sorted(unknown))}")
-    attended = {inputs[LEVELS.index(level)] for level in levels}
+    if not isinstance(inputs, list):
+        raise ValueError(f"{model} has no head that reads several maps")
+    strides = tasks.DetectionModel(dict(config), verbose=False).stride.tolist()
+    read = {f"P{round(math.log2(stride))}": at for stride, at in zip(strides, inputs, strict=True)}
+    if unknown := set(levels) - set(read):
+        raise ValueError(f"{model} has no {', '.join(sorted(unknown))}, but {', '.join(read)}")
+    attended = {read[level] for level in levels}
     made, moved = [], {}
     backbone = 0
     for index, (source, *rest) in enumerate(rows):
