@@ -457,6 +457,9 @@ def test_modules_of_this_package_are_reported_and_left():
     assert report["0"].variant == "BatchNorm2d, relu6, h_sigmoid"
     assert type(model[0]) is SeaAttention
     assert restore_sea_attention(model) == ["1"]
+    row = explain(SeaAttention(8, backend="cuda"))[""]
+    assert row.backend is None
+    assert "neither in eval mode nor in training" in row.reason
 
 
 def test_explicit_backends():
