@@ -29,7 +29,7 @@ demo: setup
 	$(PY) -m seaattn_kernels demo $(ARGS)
 
 # On both of two cores, where pytest-xdist is there.
-WORKERS = $(shell $(PY) -c "import xdist" 2>/dev/null && echo --numprocesses 2 --dist worksteal)
+WORKERS = $(shell $(PY) -c "import xdist" 2>/dev/null && echo --numprocesses 2 --dist worksteal -p no:benchmark)
 
 test: setup
 	$(PY) -m pytest $(WORKERS) -m "not slow" $(ARGS)
