@@ -17,7 +17,7 @@ KERNELS = {
     "encode": ("#F0E442", ("encode row", "encode column")),
     "finish": ("#009E73", ("depthwise", "pointwise", "add", "proj", "gate")),
 }
-#: Where each step stands, and what it says. Vectors along an axis are narrow, maps wide.
+#: Where each step stands, and what it says.
 STEPS = {
     "qkv": (2.0, 3.0, "q, k, v\n1x1 + BN"),
     "mean row": (4.6, 4.2, "mean of rows\n+ position"),

@@ -1,4 +1,4 @@
-"""A YOLO detector with Sea_Attention before its head: build, train, predict, export, deploy.
+"""A YOLO detector with Sea_Attention before its head: build, train, validate, export, compare.
 
     pip install ultralytics onnx onnxruntime
     python examples/yolo.py --data coco8.yaml

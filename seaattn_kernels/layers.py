@@ -130,8 +130,8 @@ def upstream_keys(keys: Iterable[str]) -> dict[str, str]:
         else:
             index = "1." if part.startswith("proj") else ""
             # A norm that follows the convolution instead of sharing a container with it.
-            rest = re.sub(r"^2\.(?=\w+$)", "1.", matched["rest"]) if index else matched["rest"]
-            rest = rest.removeprefix(index) if rest == matched["rest"] else rest
+            rest = re.sub(r"^2\.(?=\w+$)", "bn.", matched["rest"]) if index else matched["rest"]
+            rest = rest.removeprefix(index)
             head, _, leaf = rest.rpartition(".")
             named[key] = f"{matched['prefix']}{part}.{index}{_LAYERS.get(head, head)}.{leaf}"
     return named

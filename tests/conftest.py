@@ -1,4 +1,7 @@
 import os
+import subprocess
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 # Threads that wait by spinning make a busy machine a hundred times slower.
@@ -54,3 +57,26 @@ def hasty(monkeypatch):
     monkeypatch.setattr("bench.timing.PAUSE_SECONDS", 0.0)
     monkeypatch.setattr("bench.limit._MATRIX_SIDE", {"cpu": 32})
     monkeypatch.setattr("bench.limit._COPY_BYTES", {"cpu": 1024})
+
+
+@pytest.fixture(scope="session")
+def stage(tmp_path_factory):
+    """Runs a stage of ultralytics_stages.py, by name in a folder; what it printed.
+
+    In a process of its own: importing Ultralytics changes settings of torch, and functions of PIL.
+    """
+    if find_spec("ultralytics") is None:
+        pytest.skip("ultralytics is not installed")
+    settings, root = tmp_path_factory.mktemp("settings"), Path(__file__).parents[1]
+
+    def run(name, folder):
+        environment = {**os.environ, "YOLO_CONFIG_DIR": str(settings), "PYTHONPATH": str(root)}
+        environment.pop("TRITON_INTERPRET", None)
+        done = subprocess.run(
+            [sys.executable, root / "tests" / "ultralytics_stages.py", name, folder],
+            cwd=folder, env=environment, capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+        return done.stdout
+
+    return run

@@ -5,7 +5,6 @@ import re
 import shutil
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -87,19 +86,13 @@ def test_snippets(page, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(find_spec("ultralytics") is None, reason="ultralytics is not installed")
-def test_snippets_for_ultralytics(tmp_path):
+def test_snippets_for_ultralytics(stage, tmp_path):
     text = "".join(
         b.text for page in PAGES for b in blocks(page, "python") if b.needs == "ultralytics"
     )
     assert "register()" in text
     (tmp_path / "script.py").write_text(text)
-    done = subprocess.run(
-        [sys.executable, ROOT / "tests" / "ultralytics_stages.py", "script", tmp_path],
-        cwd=tmp_path, capture_output=True, text=True, timeout=300,
-        env={**os.environ, "YOLO_CONFIG_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+    stage("script", tmp_path)
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,9 @@ from torch import nn
 
 from seaattn_kernels import SeaAttention, ops, replace_sea_attention, verify
 
+#: Batch and size of a map may change.
+FREE = (dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC),)
+
 
 def models(backend):
     """The block as a module, and a replaced model."""
@@ -39,7 +42,7 @@ def test_onnx_has_standard_operators_alone(library, kind, backend, dynamic):
     example = torch.randn(2, 3, 14, 17)
     program = torch.onnx.export(
         model, (example,), dynamo=True, opset_version=18, verbose=False,
-        dynamic_shapes=(dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC),) if dynamic else None,
+        dynamic_shapes=FREE if dynamic else None,
     )  # fmt: skip
     file = io.BytesIO()
     program.save(file)
@@ -81,9 +84,8 @@ def test_a_trace_has_standard_operators_alone(library, kind, backend):
 def test_aot_inductor_keeps_the_fused_operator(library, kind, tmp_path):
     model = models("cpu")[kind].requires_grad_(False)
     x = torch.randn(2, 3, 18, 24)
-    free = (dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC),)
     with torch.no_grad():
-        program = torch.export.export(model, (x,), dynamic_shapes=free)
+        program = torch.export.export(model, (x,), dynamic_shapes=FREE)
         path = torch._inductor.aoti_compile_and_package(
             program, package_path=str(tmp_path / "model.pt2")
         )
@@ -109,7 +111,7 @@ def test_openvino_takes_the_onnx_file(library, tmp_path):
     model = models("auto")["replaced"]
     program = torch.onnx.export(
         model, (torch.randn(2, 3, 14, 17),), dynamo=True, opset_version=18, verbose=False,
-        dynamic_shapes=(dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC),),
+        dynamic_shapes=FREE,
     )  # fmt: skip
     program.save(str(tmp_path / "model.onnx"))
     converted = openvino.convert_model(tmp_path / "model.onnx")

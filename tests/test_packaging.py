@@ -25,7 +25,7 @@ def source(tmp_path_factory):
     """The files of the checkout, without what was built there."""
     copy = tmp_path_factory.mktemp("source") / "seaattn_kernels"
     ignored = shutil.ignore_patterns(
-        ".*", "build", "*.so", "__pycache__", "*.egg-info", "results", "out", "node_modules"
+        ".*", "build", "*.so", "__pycache__", "*.egg-info", "results", "out"
     )
     shutil.copytree(ROOT, copy, ignore=ignored)
     return copy

@@ -1,38 +1,8 @@
 """In Ultralytics itself: models from YAML, training, resuming, checkpoints, fuse, ONNX."""
 
-import os
-import subprocess
-import sys
-from importlib.util import find_spec
-from pathlib import Path
-
 import pytest
 
-# Not imported here: it changes settings of torch, and functions of PIL, for the whole process.
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(find_spec("ultralytics") is None, reason="ultralytics is not installed"),
-]
-
-ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="module")
-def stage(tmp_path_factory):
-    settings = tmp_path_factory.mktemp("settings")
-
-    def run(name, folder, file=None):
-        command = [file] if file else [ROOT / "tests" / "ultralytics_stages.py", name, folder]
-        environment = {**os.environ, "YOLO_CONFIG_DIR": str(settings), "PYTHONPATH": str(ROOT)}
-        environment.pop("TRITON_INTERPRET", None)
-        done = subprocess.run(
-            [sys.executable, *command],
-            cwd=folder, env=environment, capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
-        assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-        return done.stdout
-
-    return run
+pytestmark = pytest.mark.slow
 
 
 def test_a_yaml_may_name_the_layer_after_register_alone(stage, tmp_path):
