@@ -1,0 +1,217 @@
+// Tiles in shared memory of 64 channels a row, as the matrix units read them: rows of 128 bytes
+// whose pieces of 16 bytes are exchanged by the row (the swizzle of 128 bytes of wgmma), and
+// products of such tiles. Without wgmma the same tiles and results by mma.sync.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "wgmma.cuh"
+
+namespace seaattn {
+
+constexpr int kChannels = 64;  // of a row
+constexpr int kRow = 128;      // bytes
+
+__device__ inline uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+// Where piece `piece` of a row lies; `key` is the row, or what takes its place modulo 8.
+__device__ inline int swizzled(int piece, int key) { return (piece ^ (key & 7)) << 4; }
+
+// 16 bytes to shared memory; zeros where not `inside`.
+__device__ inline void copy_async(void* to, const void* from, bool inside) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
+               "l"(from), "r"(inside ? 16 : 0));
+}
+// What this thread wrote to shared memory is seen by the matrix units after the next barrier.
+__device__ inline void publish() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
+// A barrier in shared memory, for copies and for warps.
+struct Barrier {
+  uint64_t state;
+};
+__device__ inline void prepare(Barrier* bar, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(bar)), "r"(arrivals));
+}
+__device__ inline void arrive(Barrier* bar) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(bar)) : "memory");
+}
+// Arrives when the copies that this thread started before are done.
+__device__ inline void arrive_after_copies(Barrier* bar) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(bar))
+               : "memory");
+}
+__device__ inline void wait(Barrier* bar, int parity) {
+  int done;
+  do {
+#if __CUDA_ARCH__ >= 900
+    asm volatile(
+        "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+        "selp.b32 %0, 1, 0, p;\n}"
+        : "=r"(done)
+        : "r"(shared_address(bar)), "r"(parity)
+        : "memory");
+#else
+    asm volatile(
+        "{\n.reg .pred p;\nmbarrier.test_wait.parity.shared.b64 p, [%1], %2;\n"
+        "selp.b32 %0, 1, 0, p;\n}"
+        : "=r"(done)
+        : "r"(shared_address(bar)), "r"(parity)
+        : "memory");
+#endif
+  } while (!done);
+}
+// The 128 threads of a warpgroup copy `bytes`, a multiple of 16, and arrive kArrivals times in all
+// once these, and what they copied before, are there.
+constexpr int kArrivals = 129;
+__device__ inline void copy_whole(void* to, const void* from, int bytes, Barrier* bar) {
+  const int thread = threadIdx.x % 128;
+#if __CUDA_ARCH__ >= 900
+  if (thread == 0) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
+                     shared_address(bar)),
+                 "r"(bytes)
+                 : "memory");
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+            "r"(shared_address(to)),
+        "l"(from), "r"(bytes), "r"(shared_address(bar))
+        : "memory");
+  }
+#else
+  for (int i = thread * 16; i < bytes; i += 128 * 16)
+    copy_async(static_cast<char*>(to) + i, static_cast<const char*>(from) + i, true);
+  if (thread == 0) arrive(bar);
+#endif
+  arrive_after_copies(bar);
+}
+// Among the warps of `threads` threads.
+__device__ inline void meet(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+__device__ inline void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ inline void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+template <typename T>
+struct Pair;
+template <>
+struct Pair<__half> {
+  using type = __half2;
+  static __device__ float2 wide(__half2 x) { return __half22float2(x); }
+  static __device__ __half2 narrow(float x, float y) { return __floats2half2_rn(x, y); }
+};
+template <>
+struct Pair<__nv_bfloat16> {
+  using type = __nv_bfloat162;
+  static __device__ float2 wide(__nv_bfloat162 x) { return __bfloat1622float2(x); }
+  static __device__ __nv_bfloat162 narrow(float x, float y) { return __floats2bfloat162_rn(x, y); }
+};
+
+// The products of a warpgroup: 64 rows of `a` by N rows of `b`, over the 64 channels of both.
+//
+// `d[4 i + j]` of a thread is in row 16 (warp) + (lane / 4) + 8 (j / 2) and column
+// 8 i + 2 (lane % 4) + j % 2, as in a fragment of mma.m16n8. Both tiles begin at 1024 bytes.
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+
+__device__ inline uint64_t descriptor(uint32_t address) {
+  // Groups of eight rows lie 1024 bytes apart; the swizzle is that of 128 bytes.
+  return ((address & 0x3FFFF) >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62);
+}
+
+__device__ inline void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ inline void products_end() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+__device__ inline void products_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+}
+
+// Starts `d = a b`, or `d += a b` where `add`.
+template <typename T, int R>
+__device__ void product(float (&d)[R], const char* a, const char* b, bool add) {
+  const uint64_t da = descriptor(shared_address(a)), db = descriptor(shared_address(b));
+#pragma unroll
+  for (int k = 0; k < 4; ++k)  // 16 channels are 32 bytes
+    wgmma<T>(d, da + 2 * k, db + 2 * k, add || k > 0);
+}
+
+#else
+
+__device__ inline void products_begin() {}
+__device__ inline void products_end() {}
+__device__ inline void products_wait() {}
+
+__device__ inline void load_matrices(uint32_t (&r)[4], const char* at) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(at)));
+}
+
+template <typename T>
+__device__ void multiply(float* d, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  if constexpr (std::is_same_v<T, __half>) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  } else {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+}
+
+template <typename T, int R>
+__device__ void product(float (&d)[R], const char* a, const char* b, bool add) {
+  if (!add) {
+#pragma unroll
+    for (int i = 0; i < R; ++i) d[i] = 0;
+  }
+  const int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane % 16;
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    uint32_t left[4];
+    load_matrices(left, a + row * kRow + swizzled(2 * k + lane / 16, row));
+#pragma unroll
+    for (int n = 0; n < R / 8; ++n) {  // sixteen columns: rows of b
+      uint32_t right[4];
+      const int column = 16 * n + lane % 8 + lane / 16 * 8;
+      load_matrices(right, b + column * kRow + swizzled(2 * k + lane / 8 % 2, column));
+      multiply<T>(d + 8 * n, left, right[0], right[1]);
+      multiply<T>(d + 8 * n + 4, left, right[2], right[3]);
+    }
+  }
+}
+
+#endif
+
+// NaN goes through, as in PyTorch.
+__device__ inline float clamped(float x, float most) {
+  float y;
+  asm("{\n.reg .f32 t;\nmax.NaN.f32 t, %1, 0f00000000;\nmin.NaN.f32 %0, t, %2;\n}" : "=f"(y)
+      : "f"(x), "f"(most));
+  return y;
+}
+
+}  // namespace seaattn
