@@ -15,7 +15,7 @@ int cuLaunchKernel(void* function, unsigned grid_x, unsigned grid_y, unsigned gr
                    unsigned block_x, unsigned block_y, unsigned block_z, unsigned shared_bytes,
                    void* stream, void** parameters, void** extra) {
   if (grid_y != 1 || grid_z != 1 || block_y != 1 || block_z != 1 || extra != nullptr) return 1;
-  return on_launch(function, grid_x, block_x, shared_bytes, stream, parameters);
+  return on_launch ? on_launch(function, grid_x, block_x, shared_bytes, stream, parameters) : 0;
 }
 
 int cuCtxGetCurrent(void** context) {

@@ -125,8 +125,9 @@ void replay(const Plan& plan, const Driver& driver, at::ArrayRef<char*> tensors,
       driver.error_name(code, &name);
       TORCH_CHECK(false, "sea_attention: launch ", &launch - plan.launches.data() + 1, " of ",
                   plan.launches.size(), " (", launch.programs, " programs of ", launch.threads,
-                  " threads, ", launch.shared_bytes, " bytes of shared memory) failed: ",
-                  name ? name : "unknown error", " (", code, ")");
+                  " threads, ", launch.shared_bytes,
+                  " bytes of shared memory) failed: ", name ? name : "unknown error", " (", code,
+                  ")");
     }
   }
 }
@@ -160,8 +161,7 @@ Key key_of(const at::Tensor& x, at::TensorList weights, int64_t heads, int64_t k
   int64_t slope;
   std::memcpy(&slope, &negative_slope, sizeof slope);
   const auto precision = [](at::Float32Op op) {
-    return static_cast<int64_t>(
-        at::globalContext().float32Precision(at::Float32Backend::CUDA, op));
+    return static_cast<int64_t>(at::globalContext().float32Precision(at::Float32Backend::CUDA, op));
   };
   key.insert(key.end(), {heads, key_dim, activation, slope, hard, precision(at::Float32Op::CONV),
                          precision(at::Float32Op::MATMUL)});
@@ -214,11 +214,10 @@ at::Tensor sea_attention(const at::Tensor& x, at::TensorList weights, int64_t he
     }
     return out;
   }
-  at::Tensor out =
-      at::empty(x.sizes(), x.options(),
-                is_channels_last(x) ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous);
-  const at::Tensor workspace =
-      at::empty({plan->workspace_bytes}, x.options().dtype(at::kByte));
+  at::Tensor out = at::empty(
+      x.sizes(), x.options(),
+      is_channels_last(x) ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous);
+  const at::Tensor workspace = at::empty({plan->workspace_bytes}, x.options().dtype(at::kByte));
   c10::SmallVector<char*, 16> tensors;
   const auto add = [&](const void* data) {
     tensors.push_back(static_cast<char*>(const_cast<void*>(data)));
