@@ -229,10 +229,7 @@ def _triton_sea_attention(x, weights, *rest):
 
 
 def _triton_sea_attention_plan(x, weights, *rest):
-    """The result, and its launches as numbers: the library repeats them in the calls that follow.
-
-    Launches on a copy of ``x`` make no plan: the copy is a second allocation.
-    """
+    """The result, and its launches as numbers, which the library repeats in the next calls."""
     from seaattn_kernels.kernels import launch
 
     with launch.recording() as launches:

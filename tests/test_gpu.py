@@ -279,11 +279,10 @@ def test_a_map_of_another_kind_is_recorded_anew(plans):
             for _ in range(2):
                 assert torch.equal(block(x), first)
             assert len(plans) == before + 1
+        before = len(plans)
         sliced = whole[:, :, :, :10]
-        for _ in range(2):
-            before = len(plans)
-            assert torch.equal(block(sliced), block(sliced.contiguous()))
-            assert plans[before:] == [[]], "a copy is no plan"
+        assert torch.equal(block(sliced), block(sliced.contiguous()))
+        assert len(plans) == before, "the copy is like the second map"
 
 
 def test_repeated_launches_follow_the_switches(plans, monkeypatch):

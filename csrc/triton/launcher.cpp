@@ -193,16 +193,23 @@ using Planner = std::tuple<at::Tensor, std::vector<int64_t>>(const at::Tensor&, 
                                                              int64_t, int64_t, int64_t, double,
                                                              bool);
 
-at::Tensor sea_attention(const at::Tensor& x, at::TensorList weights, int64_t heads,
+// The map with the pixels of an image evenly spaced, as the kernels take it.
+at::Tensor even(const at::Tensor& x) {
+  const bool is = x.size(2) == 1 || x.size(3) == 1 || x.stride(2) == x.size(3) * x.stride(3);
+  return is ? x : x.contiguous();
+}
+
+at::Tensor sea_attention(const at::Tensor& input, at::TensorList weights, int64_t heads,
                          int64_t key_dim, int64_t activation, double negative_slope, bool hard) {
   static Plans plans;
+  const c10::DeviceGuard guard(input.device());
+  const at::Tensor x = even(input);
   const auto in_python = [&] {
     return c10::Dispatcher::singleton()
         .findSchemaOrThrow("seaattn_kernels::sea_attention_plan", "triton")
         .typed<Planner>()
         .call(x, weights, heads, key_dim, activation, negative_slope, hard);
   };
-  const c10::DeviceGuard guard(x.device());
   const Driver* driver = find_driver();
   if (!driver || !has_context(*driver)) return std::get<0>(in_python());
   Key key = key_of(x, weights, heads, key_dim, activation, negative_slope, hard);
