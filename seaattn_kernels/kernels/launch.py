@@ -16,6 +16,9 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Contraction of a*b + c is chosen here: the default differs between versions of Triton.
 _OPTIONS = {} if INTERPRETED else {"enable_fp_fusion": True}
 
+#: The launches of each thread, while they are recorded.
+_thread = threading.local()
+
 
 def launch(kernel, programs: int, *arguments, **constants) -> None:
     """Run ``programs`` of a kernel on the device of the first argument, on its current stream.
@@ -35,12 +38,12 @@ def launch(kernel, programs: int, *arguments, **constants) -> None:
         launches.append((compiled, programs, arguments))
 
 
-_thread = threading.local()
+# --- launches that csrc/triton repeats -------------------------------------------------------
 
 
 @contextmanager
 def recording() -> Iterator[list[tuple]]:
-    """Note the launches of this thread: what Triton compiled, programs, arguments."""
+    """Note the launches of this thread: what Triton compiled, how many programs, arguments."""
     _thread.launches = launches = []
     try:
         yield launches
@@ -100,9 +103,12 @@ def _bits(number: float, kind: str) -> int | None:
 
 
 def _parameters(compiled) -> int:
-    """How many parameters the binary of a kernel takes."""
-    _, _, entry = compiled.asm["ptx"].partition(".entry")
+    """How many parameters the binary of a kernel takes; 0 where Triton kept no assembly."""
+    _, _, entry = compiled.asm.get("ptx", "").partition(".entry")
     return entry.partition(")")[0].count(".param")
+
+
+# --- what differs between devices ------------------------------------------------------------
 
 
 @cache
