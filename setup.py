@@ -55,8 +55,8 @@ def extension() -> dict:
     flags.append("-fopenmp" if openmp else "-fopenmp-simd")
     library = CppExtension(
         "seaattn_kernels._C",
-        sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp")),
-        depends=sorted(str(path) for path in Path("csrc/cpu").glob("*.h")),
+        sorted(str(path) for path in Path("csrc").glob("*/*.cpp")),
+        depends=sorted(str(path) for path in Path("csrc").glob("*/*.h")),
         extra_compile_args=flags,
     )
     return {"ext_modules": [library], "cmdclass": {"build_ext": BuildLibrary}}

@@ -482,11 +482,12 @@ class FoldCache:
 
         Raises :class:`Obstacle` where the layers are not those of a block.
         """
+        recorded = traced()
+        known, record = self._anatomy, self._record
+        kept = not recorded and known is not None and record is not None
+        if kept and known[0].current(block) and record[0].current():
+            return record[1]
         anatomy = self.anatomy(block)
-        if not (recorded := traced()):
-            record = self._record
-            if record is not None and record[0].current():
-                return record[1]
         if obstacle(anatomy) is not None:
             return None
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in _sources(anatomy)):

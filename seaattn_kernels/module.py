@@ -34,7 +34,7 @@ def run(
     In eval mode without gradients from folded weights, otherwise by the training pass. For ONNX and
     under ``torch.jit.trace`` by ``eager``, whatever the backend: what is written is read by others.
     """
-    if ops.transformed() and backend in ("auto", "reference"):
+    if backend in ("auto", "reference") and ops.transformed():
         return eager(x)
     # Other runtimes know standard operators only.
     onnx = torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()

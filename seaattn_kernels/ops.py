@@ -521,10 +521,12 @@ def sea_attention(x: Tensor, folded, backend: str = "auto") -> Tensor:
 def _key(x: Tensor, backend: str) -> tuple | None:
     """What the checks of a map and the choice of its overload depend on.
 
-    None where they depend on more: on autocast, on a transform, on the switch of TF32.
+    None where they depend on more: on autocast, on a transform.
     """
-    if type(x) is not Tensor or transformed() or autocast_dtype(x.device) is not None:
+    device = x.device
+    if type(x) is not Tensor or transformed() or autocast_dtype(device) is not None:
         return None
-    if x.dtype is torch.float32 and x.device.type == "cuda":
-        return None
-    return x.shape, x.dtype, x.device, backend, _AUTO
+    # Of :func:`_folded_is_faster`.
+    single = x.dtype is torch.float32 and device.type == "cuda"
+    exact = single and backend == "auto" and _exact_convolutions()
+    return x.shape, x.dtype, device, backend, _AUTO, exact

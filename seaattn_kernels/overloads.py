@@ -11,13 +11,17 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from seaattn_kernels import normalized, reference
+from seaattn_kernels import native, normalized, reference
 from seaattn_kernels.reference import ACTIVATIONS
 
 _LIBRARY = torch.library.Library("seaattn_kernels", "DEF")
 _TABLES = "Tensor row_q, Tensor row_k, Tensor column_q, Tensor column_k"
 _AXES = "Tensor? row, Tensor? column"
 _ACTIVATION = "int activation, float negative_slope"
+_BLOCK = (
+    "(Tensor x, Tensor[] weights, int heads, int key_dim, int activation, float negative_slope, "
+    "bool hard)"
+)
 _GATED = "Tensor x, Tensor y, Tensor x_affine, Tensor y_affine"
 SCHEMAS = {
     "axial_squeeze": "(Tensor x) -> (Tensor, Tensor)",
@@ -65,10 +69,7 @@ SCHEMAS = {
     "depthwise_backward": (
         "(Tensor gradient, Tensor y, Tensor affine, Tensor weight) -> (Tensor, Tensor)"
     ),
-    "sea_attention": (
-        "(Tensor x, Tensor[] weights, int heads, int key_dim, int activation, "
-        "float negative_slope, bool hard) -> Tensor"
-    ),
+    "sea_attention": f"{_BLOCK} -> Tensor",
 }
 #: The operators between the products of a training pass (:mod:`normalized`), without gradients of
 #: their own. "training" among the operators of a backend stands for all of them.
@@ -225,6 +226,15 @@ def _triton_sea_attention(x, weights, *rest):
     if h > 1 and w > 1 and x.stride(2) != w * x.stride(3):
         x = reference.follow_layout(x, x)
     return block.sea_attention(x, weights, *rest, reference.squeeze_first(h, w), out)
+
+
+def _triton_sea_attention_plan(x, weights, *rest):
+    """The result, and its launches as numbers, which the library repeats in the next calls."""
+    from seaattn_kernels.kernels import launch
+
+    with launch.recording() as launches:
+        out = _triton_sea_attention(x, weights, *rest)
+    return out, launch.plan(launches, [x, *weights, out])
 
 
 def _triton_moments(y):
@@ -504,6 +514,12 @@ def _overload(name: str, backend: str) -> torch._ops.OpOverload:
     return getattr(getattr(torch.ops.seaattn_kernels, name), backend)
 
 
+def _in_library(name: str, device: str) -> bool:
+    """Whether the compiled library brings a kernel: it does for the block on a GPU, csrc/triton."""
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    return native.REASON is None and has_kernel(f"seaattn_kernels::{name}", device)
+
+
 def _define() -> dict[str, dict[str, torch._ops.OpOverload]]:
     overloads: dict[str, dict[str, torch._ops.OpOverload]] = {name: {} for name in SCHEMAS}
     for backend, operators in OPERATORS.items():
@@ -519,9 +535,11 @@ def _define() -> dict[str, dict[str, torch._ops.OpOverload]]:
     for backend in ("cpu", "triton"):
         name = f"axial_attention.{backend}"
         _LIBRARY.impl(name, _one_axis(backend), "CompositeImplicitAutograd")
-    for name, function in _TRITON.items():
+    _LIBRARY.define(f"sea_attention_plan.triton{_BLOCK} -> (Tensor, int[])")
+    for name, function in {**_TRITON, "sea_attention_plan": _triton_sea_attention_plan}.items():
         for device in ("CUDA", "CPU"):  # on the CPU Triton interprets
-            _LIBRARY.impl(f"{name}.triton", function, device)
+            if not _in_library(f"{name}.triton", device):
+                _LIBRARY.impl(f"{name}.triton", function, device)
     for name, fake in _FAKES.items():
         for backend, overload in overloads[name].items():
             if backend != "reference":

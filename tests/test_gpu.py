@@ -2,11 +2,13 @@
 
 import copy
 import threading
+import time
 
 import pytest
 import torch
 
 from seaattn_kernels import SeaAttention, graphed, ops, reference, verify
+from seaattn_kernels.kernels import block as block_kernels
 from seaattn_kernels.kernels import launch
 from seaattn_kernels.seaformer import seaformer_segmenter
 
@@ -212,6 +214,133 @@ def block_and_map(way):
     dtype, shape = MAPS[way]
     block = verify.randomise(SeaAttention(128, 16, 4, backend="triton")).cuda().to(dtype).eval()
     return block, torch.randn(shape, device="cuda", dtype=dtype)
+
+
+# --- its launches, repeated by the library ---------------------------------------------------
+
+
+@pytest.fixture
+def plans(library, monkeypatch):
+    """The plans that calls brought back from Python."""
+    found = []
+    plan = launch.plan
+    monkeypatch.setattr(launch, "plan", lambda *a: found.append(plan(*a)) or found[-1])
+    return found
+
+
+def arguments_of(block, x):
+    with torch.no_grad():
+        folded = block._folds.get(block)
+    return (
+        list(folded.weights(x.dtype, x.shape[2], x.shape[3], "triton")),
+        folded.heads,
+        folded.key_dim,
+        folded.activation_code,
+        folded.negative_slope,
+        folded.hard,
+    )
+
+
+LAUNCHED = torch.ops.seaattn_kernels.sea_attention.triton
+PLANNED = torch.ops.seaattn_kernels.sea_attention_plan.triton
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("way", ["direct", "squeezed", "projected"])
+def test_repeated_launches_give_the_bits_of_python(way, dtype, channels_last, plans, monkeypatch):
+    monkeypatch.setattr(block_kernels, "plan", lambda *arguments: way)
+    sides = {"direct": (9, 13), "squeezed": (40, 21), "projected": (40, 22)}
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    block = verify.randomise(SeaAttention(72, 16, 3)).cuda().to(dtype).eval()
+    for call in range(3):
+        x = torch.randn(2, 72, *sides[way], device="cuda", dtype=dtype)
+        x = x.contiguous(memory_format=layout)
+        arguments = arguments_of(block, x)
+        out = LAUNCHED(x, *arguments)
+        assert len(plans) == 1 + call, "only the first call is Python's"
+        assert plans[0]
+        expected, _ = PLANNED(x, *arguments)
+        assert torch.equal(out, expected)
+        assert out.stride() == expected.stride()
+
+
+def test_a_map_of_another_kind_is_recorded_anew(plans):
+    block = verify.randomise(SeaAttention(48, 16, 4, backend="triton")).cuda().half().eval()
+    whole = torch.randn(1, 48, 10, 11, device="cuda", dtype=torch.float16)
+    shifted = torch.empty(whole.numel() + 1, device="cuda", dtype=torch.float16)[1:].view_as(whole)
+    shifted.copy_(whole)
+    layout = torch.channels_last
+    with torch.no_grad():
+        for x in (whole, whole[:, :, :, :10].contiguous(), whole.to(memory_format=layout), shifted):
+            before = len(plans)
+            first = block(x)
+            assert len(plans) == before + 1
+            for _ in range(2):
+                assert torch.equal(block(x), first)
+            assert len(plans) == before + 1
+        before = len(plans)
+        sliced = whole[:, :, :, :10]
+        assert torch.equal(block(sliced), block(sliced.contiguous()))
+        assert len(plans) == before, "the copy is like the second map"
+
+
+def test_repeated_launches_follow_the_switches(plans, monkeypatch):
+    block = verify.randomise(SeaAttention(64, 16, 4, backend="triton")).cuda().eval()
+    x = torch.randn(1, 64, 14, 15, device="cuda")
+    found = {}
+    with torch.no_grad():
+        for again in range(2):
+            for conv in ("ieee", "tf32"):
+                for matmul in ("ieee", "tf32"):
+                    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", conv)
+                    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", matmul)
+                    out = block(x)
+                    assert again == 0 or torch.equal(found[conv, matmul], out)
+                    found[conv, matmul] = out
+    assert len(plans) == 4
+    assert not torch.equal(found["ieee", "ieee"], found["tf32", "ieee"])
+
+
+def test_a_thread_that_never_used_the_gpu(plans):
+    block, x = block_and_map("direct")
+    found = []
+
+    def work():
+        with torch.no_grad():
+            found.extend(block(x) for _ in range(3))
+        torch.cuda.synchronize()
+
+    with torch.no_grad():
+        expected = block(x)
+    torch.cuda.synchronize()
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 6
+    assert all(torch.equal(out, expected) for out in found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("backend", ["triton", "auto"])
+def test_host_time_of_a_call(backend, dtype, library):
+    """Calls are queued: the GPU is done with one before the host has issued the next."""
+    block = verify.randomise(SeaAttention(128, 16, 4, backend=backend)).cuda().to(dtype).eval()
+    x = torch.randn(1, 128, 7, 7, device="cuda", dtype=dtype)
+    times = []
+    with torch.no_grad():
+        for _ in range(12):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(1000):
+                block(x)
+            times.append((time.perf_counter() - start) / 1000)
+    assert min(times) <= 25e-6, f"{1e6 * min(times):.1f} us"
+
+
+# --- what it costs ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("way", MAPS)

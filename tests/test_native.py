@@ -64,6 +64,8 @@ def test_a_library_for_another_torch_is_not_loaded(tmp_path, library):
         "    assert '1.99' in str(error)\n"
         "else:\n"
         "    raise SystemExit('an explicit backend fell back')\n"
+        "table = torch._C._dispatch_dump('seaattn_kernels::sea_attention.triton')\n"
+        "assert 'CUDA: ' in table and 'launcher.cpp' not in table, table\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, timeout=120)
 
@@ -82,6 +84,12 @@ def test_every_cpu_operator_has_a_kernel(library):
         composite = name == "axial_attention"  # of the pair
         kernel = "CompositeImplicitAutograd" if composite else "CPU"
         assert torch._C._dispatch_has_kernel_for_dispatch_key(key, kernel)
+
+
+def test_the_launches_of_the_block_on_a_gpu_are_the_librarys(library):
+    table = torch._C._dispatch_dump("seaattn_kernels::sea_attention.triton").splitlines()
+    (cuda,) = (line for line in table if line.startswith("CUDA: "))
+    assert "launcher.cpp" in cuda
 
 
 def _setup(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess:

@@ -26,7 +26,7 @@ DOWNWARD = {
     "anatomy": {"layers"},
     "report": {"budget"},
     "ops": {"checks", "crossover", "native", "overloads", "reference"},
-    "overloads": {"kernels", "normalized", "reference"},
+    "overloads": {"kernels", "native", "normalized", "reference"},
     "normalized": {"reference"},
     "checks": {"reference"},
 }

@@ -1,6 +1,10 @@
 """What every launcher needs, and all that differs between devices and versions of Triton."""
 
 import os
+import struct
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 
 import torch
@@ -11,6 +15,9 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 # Contraction of a*b + c is chosen here: the default differs between versions of Triton.
 _OPTIONS = {} if INTERPRETED else {"enable_fp_fusion": True}
+
+#: The launches of each thread, while they are recorded.
+_thread = threading.local()
 
 
 def launch(kernel, programs: int, *arguments, **constants) -> None:
@@ -23,9 +30,85 @@ def launch(kernel, programs: int, *arguments, **constants) -> None:
         return
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            kernel[(programs,)](*arguments, **constants, **_OPTIONS)
+            compiled = kernel[(programs,)](*arguments, **constants, **_OPTIONS)
     else:
-        kernel[(programs,)](*arguments, **constants, **_OPTIONS)
+        compiled = kernel[(programs,)](*arguments, **constants, **_OPTIONS)
+    launches = getattr(_thread, "launches", None)
+    if launches is not None:
+        launches.append((compiled, programs, arguments))
+
+
+# --- launches that csrc/triton repeats -------------------------------------------------------
+
+
+@contextmanager
+def recording() -> Iterator[list[tuple]]:
+    """Note the launches of this thread: what Triton compiled, how many programs, arguments."""
+    _thread.launches = launches = []
+    try:
+        yield launches
+    finally:
+        _thread.launches = None
+
+
+#: What a kernel may need of a launch beside programs, threads, shared memory and arguments.
+_NEEDS = ("global_scratch_size", "profile_scratch_size", "launch_cooperative_grid", "launch_pdl")
+
+
+def plan(launches: Sequence[tuple], tensors: Sequence[Tensor]) -> list[int]:
+    """The recorded launches as numbers, which csrc/triton repeats with other tensors.
+
+    First the bytes of the workspace, the one allocation that is none of ``tensors``. Then of each
+    launch: the handle of the kernel, programs, threads, bytes of shared memory, the number of
+    parameters, and two numbers for each of these. They are the place of a tensor, after all of
+    them the workspace's, and bytes from its begin; or -1 and a number as the kernel takes it.
+
+    Empty where the launches cannot be repeated from that.
+    """
+    places = {id(tensor): place for place, tensor in enumerate(tensors)}
+    workspaces = {}
+    numbers = []
+    for compiled, programs, arguments in launches:
+        if compiled is None or compiled.metadata.num_ctas != 1:
+            return []
+        if any(getattr(compiled.metadata, need, True) for need in _NEEDS):
+            return []
+        parameters = []
+        # The signature goes on with the constants.
+        for argument, kind in zip(arguments, compiled.src.signature.values(), strict=False):
+            if kind == "constexpr":  # the number 1, which is compiled in
+                continue
+            if not isinstance(argument, Tensor):
+                parameters.append((-1, _bits(argument, kind)))
+            elif id(argument) in places:
+                parameters.append((places[id(argument)], 0))
+            else:
+                storage = argument.untyped_storage()
+                workspaces[storage.data_ptr()] = storage.nbytes()
+                parameters.append((len(tensors), argument.data_ptr() - storage.data_ptr()))
+        parameters += [(-1, 0)] * 2  # Triton's two scratches, which no such kernel needs
+        if len(parameters) != _parameters(compiled) or (-1, None) in parameters:
+            return []
+        metadata = compiled.metadata
+        numbers += [compiled.function, programs, 32 * metadata.num_warps, metadata.shared]
+        numbers += [len(parameters), *(number for pair in parameters for number in pair)]
+    return [*workspaces.values(), *numbers] if len(workspaces) == 1 else []
+
+
+def _bits(number: float, kind: str) -> int | None:
+    """A number as an integer whose low bytes a kernel reads; None for kinds that none has here."""
+    if kind == "fp32":
+        return struct.unpack("<i", struct.pack("<f", number))[0]
+    return int(number) if kind in ("i32", "i64") else None
+
+
+def _parameters(compiled) -> int:
+    """How many parameters the binary of a kernel takes; 0 where Triton kept no assembly."""
+    _, _, entry = compiled.asm.get("ptx", "").partition(".entry")
+    return entry.partition(")")[0].count(".param")
+
+
+# --- what differs between devices ------------------------------------------------------------
 
 
 @cache
