@@ -21,8 +21,8 @@
 // act(o) and e are rounded to T. act is relu or relu6: min(max(z, 0), most). All sums have a fixed
 // order.
 //
-// Launch: grid B*heads, cluster heads, 256 threads, `Layout` for the shared memory. 1 <= H, W <= 64,
-// 1 <= heads <= 8.
+// Launch: grid B*heads, cluster heads, 256 threads, `Layout` for the shared memory.
+// 1 <= H, W <= 64, 1 <= heads <= 8.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -143,24 +143,24 @@ struct Layout {
   static constexpr int kVector = D % 8 == 0 ? 8 : 4;      // channels of a load
   static constexpr int kPieces = kChannels / kVector;     // loads of a pixel
   static constexpr int kGroups = (kPieces + 7) / 8;       // of eight loads
+  static constexpr int kBandBits = kGroups == 1 ? 3 : kGroups == 2 ? 2 : 1;  // one warp a part
   static constexpr int kPitch = kChannels + 4;            // of an axis vector, in floats
-  int blocks, bands;          // the map in parts, whose sums are apart: of columns, of rows
+  int block_bits, band_bits;  // the map in 2^bits parts, whose sums are apart: of columns, of rows
   int first_column, vectors;  // axis vectors: of rows, of columns from `first_column` on
   int score_pitch;            // in floats
   int operand_pitch;          // in elements of T
   int at_scores, at_row, at_column, bytes;
 
   __host__ __device__ Layout(int h, int w, int heads) {
-    blocks = (w + kBlock - 1) / kBlock;
-    bands = kWarps / (kGroups * blocks);
-    bands = bands < 1 ? 1 : bands > h ? h : bands;
+    block_bits = w <= kBlock ? 0 : w <= 2 * kBlock ? 1 : 2;
+    band_bits = kBandBits > block_bits ? kBandBits - block_bits : 0;
     first_column = (h + 3) / 4 * 4;
     vectors = first_column + (w + 3) / 4 * 4;
     score_pitch = ((h > w ? h : w) + 3) / 4 * 4 + 4;
     at_scores = vectors * kPitch * 4;
     at_row = at_scores + kWarps * 8 * score_pitch * 4;
-    at_column = at_row + blocks * h * kChannels * 4;
-    bytes = at_column + bands * w * kChannels * 4;
+    at_column = at_row + (h << block_bits) * kChannels * 4;
+    bytes = at_column + (w << band_bits) * kChannels * 4;
     operand_pitch = (heads * E + 31) / 32 * 32;
     operand_pitch += operand_pitch / 32 % 2 ? 0 : 32;  // two rows are 64 bytes apart, modulo 128
     const int operand = (h + (w + 15) / 16 * 16) * operand_pitch * 2;
@@ -182,11 +182,13 @@ __device__ void sum_map(const T* map, float* row, float* column, const Layout<D,
   constexpr int V = L::kVector, WORDS = V / 2;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int projected = heads * L::kChannels;
-  const int tasks = L::kGroups * layout.blocks * layout.bands;
+  const int bands = 1 << layout.band_bits;
+  const int tasks = L::kGroups << (layout.block_bits + layout.band_bits);
+#pragma unroll 1
   for (int task = warp; task < tasks; task += kWarps) {
     const int piece = task % L::kGroups * 8 + lane % 8;
-    const int block = task / L::kGroups % layout.blocks;
-    const int band = task / L::kGroups / layout.blocks;
+    const int block = task / L::kGroups & ((1 << layout.block_bits) - 1);
+    const int band = task / L::kGroups >> layout.block_bits;
     const int first = block * kBlock + lane / 8;  // and every fourth column from there
     const bool real = piece < L::kPieces;
     const int c = piece * V;
@@ -194,7 +196,6 @@ __device__ void sum_map(const T* map, float* row, float* column, const Layout<D,
                         : c < 2 * D ? (heads - 1 + head) * D + c
                                     : 2 * heads * D + head * E + c - 2 * D;
     const T* from = map + channel + first * projected;
-    const int rows = (H - band + layout.bands - 1) / layout.bands;
 
     uint32_t words[kAhead][kAcross][WORDS];
     float sums[kAcross][V];
@@ -203,20 +204,19 @@ __device__ void sum_map(const T* map, float* row, float* column, const Layout<D,
 #pragma unroll
       for (int v = 0; v < V; ++v) sums[i][v] = 0;
 
-    auto load = [&](uint32_t (&x)[kAcross][WORDS], int k) {
-      const int h = band + k * layout.bands;
+    auto load = [&](uint32_t (&x)[kAcross][WORDS], int h) {
 #pragma unroll
       for (int i = 0; i < kAcross; ++i)
-        load_words(x[i], from + (h * W + 4 * i) * projected,
-                   real && k < rows && first + 4 * i < W);
+        load_words(x[i], from + (h * W + 4 * i) * projected, real && h < H && first + 4 * i < W);
     };
 #pragma unroll
-    for (int r = 0; r < kAhead; ++r) load(words[r], r);
-    for (int start = 0; start < rows; start += kAhead) {
+    for (int r = 0; r < kAhead; ++r) load(words[r], band + r * bands);
+#pragma unroll 1
+    for (int start = band; start < H; start += kAhead * bands) {
 #pragma unroll
       for (int r = 0; r < kAhead; ++r) {
-        const int k = start + r;
-        if (k >= rows) break;
+        const int h = start + r * bands;
+        if (h >= H) break;
         float sum[V];
 #pragma unroll
         for (int i = 0; i < kAcross; ++i) {
@@ -230,7 +230,7 @@ __device__ void sum_map(const T* map, float* row, float* column, const Layout<D,
             sums[i][2 * n + 1] += x.y;
           }
         }
-        load(words[r], k + kAhead);
+        load(words[r], h + kAhead * bands);
         // Of the four threads with this piece each takes a quarter of its channels.
         const bool upper = lane & 16, odd = lane & 8;
 #pragma unroll
@@ -244,8 +244,7 @@ __device__ void sum_map(const T* map, float* row, float* column, const Layout<D,
           sum[v] = (odd ? sum[v + V / 4] : sum[v]) + __shfl_xor_sync(~0u, other, 8);
         }
         if (real) {
-          float* to = row + (block * H + band + k * layout.bands) * L::kChannels + c +
-                      lane / 8 * (V / 4);
+          float* to = row + (block * H + h) * L::kChannels + c + lane / 8 * (V / 4);
           if constexpr (V == 8)
             *reinterpret_cast<float2*>(to) = make_float2(sum[0], sum[1]);
           else
@@ -276,16 +275,19 @@ __device__ void make_vectors(float* vectors, const float* row, const float* colu
   using L = Layout<D, E>;
   constexpr int kQuads = L::kChannels / 4;
   const float scale = 1.4426950408889634f / sqrtf(static_cast<float>(D));
+  const float of_h = __fdividef(1.0f, H), of_w = __fdividef(1.0f, W);
+#pragma unroll 1
   for (int at = threadIdx.x; at < layout.vectors * kQuads; at += kThreads) {
     const int quad = at % kQuads, n = at / kQuads;
     const int c = quad % L::kPieces * L::kVector + quad / L::kPieces * 4;
     const bool of_row = n < layout.first_column;
     const int i = of_row ? n : n - layout.first_column;
     const int length = of_row ? H : W;
-    const int parts = of_row ? layout.blocks : layout.bands;
+    const int parts = 1 << (of_row ? layout.block_bits : layout.band_bits);
     const float* from =
         (of_row ? row + c : column + quad * 4) + (i < length ? i : 0) * L::kChannels;
     float4 sum = make_float4(0, 0, 0, 0);
+#pragma unroll 4
     for (int part = 0; part < parts; ++part) {
       const float4 x = *reinterpret_cast<const float4*>(from + part * length * L::kChannels);
       sum.x += x.x;
@@ -293,7 +295,7 @@ __device__ void make_vectors(float* vectors, const float* row, const float* colu
       sum.z += x.z;
       sum.w += x.w;
     }
-    const float factor = 1.0f / (of_row ? W : H);
+    const float factor = of_row ? of_w : of_h;
     float4* to = reinterpret_cast<float4*>(vectors + n * L::kPitch + c);
     float4 mean = make_float4(sum.x * factor, sum.y * factor, sum.z * factor, sum.w * factor);
     if (i < length && c < 2 * D) {
@@ -318,6 +320,7 @@ __device__ void attend(const float* vectors, float* scores, T* row_out, T* colum
   const int row_tasks = (H + 4 * Q - 1) / (4 * Q), tasks = row_tasks + (W + 4 * Q - 1) / (4 * Q);
   const int score_pitch = layout.score_pitch;
   scores += warp * 8 * score_pitch;
+#pragma unroll 1
   for (int task = warp; task < tasks; task += kWarps) {
     const bool of_row = task < row_tasks;
     const int N = of_row ? H : W, padded = (N + 3) / 4 * 4;
@@ -339,6 +342,7 @@ __device__ void attend(const float* vectors, float* scores, T* row_out, T* colum
         largest[n] = -INFINITY;
         total[n] = 0;
       }
+#pragma unroll 2
       for (int j = key; j < N; j += 8) {
         const float4* from = reinterpret_cast<const float4*>(axis + j * L::kPitch + D);
         float4 sum[Q];
@@ -367,6 +371,7 @@ __device__ void attend(const float* vectors, float* scores, T* row_out, T* colum
 #pragma unroll
         for (int step = 1; step < 8; step *= 2)
           largest[n] = fmaxf(largest[n], __shfl_xor_sync(~0u, largest[n], step));
+#pragma unroll 2
       for (int j = key; j < padded; j += 8) {
 #pragma unroll
         for (int n = 0; n < Q; ++n) {
@@ -380,10 +385,11 @@ __device__ void attend(const float* vectors, float* scores, T* row_out, T* colum
 #pragma unroll
         for (int step = 1; step < 8; step *= 2)
           total[n] += __shfl_xor_sync(~0u, total[n], step);
-        if (key == 0) mine[n][score_pitch - 1] = 1.0f / total[n];
+        if (key == 0) mine[n][score_pitch - 1] = __fdividef(1.0f, total[n]);
       }
     }
     __syncwarp();
+#pragma unroll 1
     for (int at = lane; at < E; at += 32) {
       const int group = at / (E / 4), e = at % (E / 4) * 4;
       const float* p = scores + group * score_pitch;
@@ -450,6 +456,7 @@ __device__ void axis(const T* map, const float* position, const T* encode_weight
   float* scores = reinterpret_cast<float*>(memory + layout.at_scores);
   float* row = reinterpret_cast<float*>(memory + layout.at_row);
   float* column = reinterpret_cast<float*>(memory + layout.at_column);
+#pragma unroll 1
   for (int at = threadIdx.x; at < (H + W) * (D / 2); at += kThreads) {
     const int c = at % (D / 2) * 4, n = at / (D / 2);  // channel of q or k of this head
     const int from = c < D ? head * D + c : (heads - 1 + head) * D + c;
@@ -480,9 +487,12 @@ __device__ void axis(const T* map, const float* position, const T* encode_weight
   constexpr int kSteps = E / 4;  // of 32 channels, with eight heads
   constexpr int kTasks = 2 * E / 8;
   uint32_t weight[kSteps][4];
+  float2 bias;
   auto load_weight = [&](int task) {
     const int of = task / (E / 8), n = head * E + task % (E / 8) * 8 + lane / 4;
     const T* from = encode_weight + (of * values + n) * pitch + lane % 4 * 8;
+    bias = __ldg(reinterpret_cast<const float2*>(encode_bias + of * values + n - lane / 4 +
+                                                 lane % 4 * 2));
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       uint4 x = make_uint4(0, 0, 0, 0);
@@ -498,21 +508,23 @@ __device__ void axis(const T* map, const float* position, const T* encode_weight
   cluster_wait();
 
   T* operand = reinterpret_cast<T*>(memory);
-  const int pieces = values / 8;
-  for (int at = threadIdx.x; at < (H + W) * pieces; at += kThreads) {
-    const int n = at / pieces, c = at % pieces * 8;
-    const T* from = scratch + (n < H ? of_rows + n * pitch : of_columns + (n - H) * pitch) + c;
-    copy_async(operand + n * layout.operand_pitch + c, from);
+#pragma unroll 2
+  for (int n = warp; n < H + W; n += kWarps) {
+    const T* from = scratch + (n < H ? of_rows + n * pitch : of_columns + (n - H) * pitch);
+#pragma unroll 1
+    for (int c = lane * 8; c < values; c += 256)
+      copy_async(operand + n * layout.operand_pitch + c, from + c);
   }
   copies_done();
   __syncthreads();
 
+#pragma unroll 1
   for (int task = warp; task < kTasks; task += kWarps) {
     if (task != warp) load_weight(task);
     const int of = task / (E / 8), n = head * E + task % (E / 8) * 8 + lane % 4 * 2;
-    const float2 bias = *reinterpret_cast<const float2*>(encode_bias + of * values + n);
     const int length = of ? W : H;
     T* out = output + (of ? of_columns : of_rows) + n;
+#pragma unroll 1
     for (int m = lane / 4; m - lane / 4 < length; m += 16) {
       const T* from = operand + ((of ? H : 0) + m) * layout.operand_pitch + lane % 4 * 8;
       float sums[4][4] = {};  // four, because a product waits for the one it adds to
