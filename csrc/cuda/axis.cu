@@ -34,9 +34,8 @@ namespace seaattn {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-constexpr int kAhead = 4;   // rows of the map that a thread has in flight
-constexpr int kAcross = 4;  // its pixels of a row
-constexpr int kBlock = 4 * kAcross;  // pixels of a row that a warp reads at once
+constexpr int kAcross = 4;           // pixels of a row that a thread reads at once
+constexpr int kBlock = 4 * kAcross;  // and those of its warp
 
 template <typename T>
 struct Pair;
@@ -143,6 +142,7 @@ struct Layout {
   static constexpr int kVector = D % 8 == 0 ? 8 : 4;      // channels of a load
   static constexpr int kPieces = kChannels / kVector;     // loads of a pixel
   static constexpr int kGroups = (kPieces + 7) / 8;       // of eight loads
+  static constexpr int kAhead = kGroups == 2 ? 3 : 4;     // rows in flight; four would spill
   static constexpr int kBandBits = kGroups == 1 ? 3 : kGroups == 2 ? 2 : 1;  // one warp a part
   static constexpr int kPitch = kChannels + 4;            // of an axis vector, in floats
   int block_bits, band_bits;  // the map in 2^bits parts, whose sums are apart: of columns, of rows
@@ -179,11 +179,12 @@ template <typename T, int D, int E>
 __device__ void sum_map(const T* map, float* row, float* column, const Layout<D, E>& layout, int H,
                         int W, int heads, int head) {
   using L = Layout<D, E>;
-  constexpr int V = L::kVector, WORDS = V / 2;
+  constexpr int V = L::kVector, WORDS = V / 2, kAhead = L::kAhead;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int projected = heads * L::kChannels;
   const int bands = 1 << layout.band_bits;
-  const int tasks = L::kGroups << (layout.block_bits + layout.band_bits);
+  // As many as warps, but in three groups.
+  const int tasks = L::kGroups < 3 ? kWarps : L::kGroups << (layout.block_bits + layout.band_bits);
 #pragma unroll 1
   for (int task = warp; task < tasks; task += kWarps) {
     const int piece = task % L::kGroups * 8 + lane % 8;
@@ -191,11 +192,14 @@ __device__ void sum_map(const T* map, float* row, float* column, const Layout<D,
     const int band = task / L::kGroups >> layout.block_bits;
     const int first = block * kBlock + lane / 8;  // and every fourth column from there
     const bool real = piece < L::kPieces;
+    const int width = real ? W - first : 0;
     const int c = piece * V;
     const int channel = c < D       ? head * D + c
                         : c < 2 * D ? (heads - 1 + head) * D + c
                                     : 2 * heads * D + head * E + c - 2 * D;
-    const T* from = map + channel + first * projected;
+    const T* next = map + channel + (band * W + first) * projected;
+    const int down = (W << layout.band_bits) * projected;
+    float* const to_row = row + block * H * L::kChannels + c + lane / 8 * (V / 4);
 
     uint32_t words[kAhead][kAcross][WORDS];
     float sums[kAcross][V];
@@ -207,7 +211,8 @@ __device__ void sum_map(const T* map, float* row, float* column, const Layout<D,
     auto load = [&](uint32_t (&x)[kAcross][WORDS], int h) {
 #pragma unroll
       for (int i = 0; i < kAcross; ++i)
-        load_words(x[i], from + (h * W + 4 * i) * projected, real && h < H && first + 4 * i < W);
+        load_words(x[i], next + 4 * i * projected, h < H && 4 * i < width);
+      next += down;
     };
 #pragma unroll
     for (int r = 0; r < kAhead; ++r) load(words[r], band + r * bands);
@@ -244,7 +249,7 @@ __device__ void sum_map(const T* map, float* row, float* column, const Layout<D,
           sum[v] = (odd ? sum[v + V / 4] : sum[v]) + __shfl_xor_sync(~0u, other, 8);
         }
         if (real) {
-          float* to = row + (block * H + h) * L::kChannels + c + lane / 8 * (V / 4);
+          float* to = to_row + h * L::kChannels;
           if constexpr (V == 8)
             *reinterpret_cast<float2*>(to) = make_float2(sum[0], sum[1]);
           else
@@ -254,9 +259,8 @@ __device__ void sum_map(const T* map, float* row, float* column, const Layout<D,
     }
 #pragma unroll
     for (int i = 0; i < kAcross; ++i) {
-      const int w = first + 4 * i;
-      if (real && w < W) {
-        float* to = column + (band * W + w) * L::kChannels + piece * 4;
+      if (4 * i < width) {
+        float* to = column + (band * W + first + 4 * i) * L::kChannels + piece * 4;
 #pragma unroll
         for (int part = 0; part < V / 4; ++part)
           *reinterpret_cast<float4*>(to + part * (L::kPieces * 4)) =
