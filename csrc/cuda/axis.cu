@@ -132,8 +132,6 @@ __device__ inline float clamped(float x, float most) {
 
 // --- end of instructions ----------------------------------------------------------------------
 
-constexpr int round_up(int n, int to) { return (n + to - 1) / to * to; }
-
 // What lies where in shared memory, in bytes. After the attention the operand of the encoding takes
 // the place of everything before.
 template <int D, int E>
