@@ -21,14 +21,10 @@
 // act(o) and e are rounded to T. act is relu or relu6: min(max(z, 0), most). All sums have a fixed
 // order.
 //
-// Launch: grid B*heads, cluster heads, 256 threads, `Layout` for the shared memory.
-// 1 <= H, W <= 64, 1 <= heads <= 8.
+// Launch: grid B*heads, 256 threads, `Layout` for the shared memory; an entry for each number of
+// heads, the size of its cluster. 1 <= H, W <= 64.
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include <cstdint>
-#include <type_traits>
+#include "common.cuh"
 
 namespace seaattn {
 
@@ -36,50 +32,6 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kAcross = 4;           // pixels of a row that a thread reads at once
 constexpr int kBlock = 4 * kAcross;  // and those of its warp
-
-template <typename T>
-struct Pair;
-template <>
-struct Pair<__half> {
-  using type = __half2;
-  static __device__ float2 wide(__half2 x) { return __half22float2(x); }
-  static __device__ __half2 narrow(float x, float y) { return __floats2half2_rn(x, y); }
-};
-template <>
-struct Pair<__nv_bfloat16> {
-  using type = __nv_bfloat162;
-  static __device__ float2 wide(__nv_bfloat162 x) { return __bfloat1622float2(x); }
-  static __device__ __nv_bfloat162 narrow(float x, float y) { return __floats2bfloat162_rn(x, y); }
-};
-
-// --- instructions ---------------------------------------------------------------------------
-
-__device__ inline uint32_t shared_address(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
-
-__device__ inline void copy_async(void* to, const void* from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from)
-               : "memory");
-}
-__device__ inline void copies_done() {
-  asm volatile("cp.async.commit_group;\ncp.async.wait_group 0;" ::: "memory");
-}
-
-__device__ inline void wait_for_previous_kernel() {
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-}
-__device__ inline void let_next_kernel_start() {
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-}
-
-// What a thread wrote before it arrived is seen by all threads of the cluster that have waited.
-__device__ inline void cluster_arrive() {
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-}
-__device__ inline void cluster_wait() {
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
 
 // Past the first cache; zeros where not `inside`.
 template <int WORDS>
@@ -102,35 +54,6 @@ __device__ inline void load_words(uint32_t (&x)[WORDS], const void* from, bool i
         : "memory");
   }
 }
-
-// d += a b, 16 x 8 by 16 channels.
-template <typename T>
-__device__ inline void multiply(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
-                                uint32_t b0, uint32_t b1) {
-  if constexpr (std::is_same_v<T, __half>) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-        "{%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-  } else {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-        "{%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-  }
-}
-
-// NaN goes through, as in PyTorch.
-__device__ inline float clamped(float x, float most) {
-  float y;
-  asm("{\n.reg .f32 t;\nmax.NaN.f32 t, %1, 0f00000000;\nmin.NaN.f32 %0, t, %2;\n}" : "=f"(y)
-      : "f"(x), "f"(most));
-  return y;
-}
-
-// --- end of instructions ----------------------------------------------------------------------
 
 // What lies where in shared memory, in bytes. After the attention the operand of the encoding takes
 // the place of everything before.
@@ -559,17 +482,29 @@ __device__ void axis(const T* map, const float* position, const T* encode_weight
 
 }  // namespace seaattn
 
-#define AXIS(NAME, T, D, E)                                                                      \
-  extern "C" __global__ void __launch_bounds__(seaattn::kThreads, 2)                             \
-      axis_##NAME##_d##D##_e##E(const T* map, const float* position, const T* encode_weight,     \
-                                const float* encode_bias, T* scratch, T* output, int B, int H,   \
-                                int W, int heads, float most) {                                  \
-    seaattn::axis<T, D, E>(map, position, encode_weight, encode_bias, scratch, output, B, H, W,  \
-                           heads, most);                                                         \
+// clang-format off
+// Cluster dimensions need compute capability 9.0.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+#define SEAATTN_CLUSTER(SIZE)
+#else
+#define SEAATTN_CLUSTER(SIZE) __cluster_dims__(SIZE, 1, 1)
+#endif
+#define SEAATTN_ENTRY(NAME, T, D, E, HEADS)                                                        \
+  extern "C" __global__ void SEAATTN_CLUSTER(HEADS) __launch_bounds__(seaattn::kThreads, 2)        \
+      axis_##NAME##_##D##_##E##_##HEADS(const T* map, const float* position,                       \
+                                        const T* encode_weight, const float* encode_bias,          \
+                                        T* scratch, T* output, int B, int H, int W, float most) {  \
+    seaattn::axis<T, D, E>(map, position, encode_weight, encode_bias, scratch, output, B, H, W,    \
+                           HEADS, most);                                                           \
   }
-AXIS(f16, __half, 16, 32)
-AXIS(f16, __half, 24, 48)
-AXIS(f16, __half, 20, 40)
-AXIS(bf16, __nv_bfloat16, 16, 32)
-AXIS(bf16, __nv_bfloat16, 24, 48)
-AXIS(bf16, __nv_bfloat16, 20, 40)
+#define SEAATTN_ENTRIES(NAME, T)     \
+  SEAATTN_ENTRY(NAME, T, 16, 32, 4)  \
+  SEAATTN_ENTRY(NAME, T, 16, 32, 6)  \
+  SEAATTN_ENTRY(NAME, T, 16, 32, 8)  \
+  SEAATTN_ENTRY(NAME, T, 24, 48, 4)  \
+  SEAATTN_ENTRY(NAME, T, 24, 48, 6)  \
+  SEAATTN_ENTRY(NAME, T, 24, 48, 8)  \
+  SEAATTN_ENTRY(NAME, T, 20, 40, 8)
+SEAATTN_ENTRIES(f16, __half)
+SEAATTN_ENTRIES(bf16, __nv_bfloat16)
+// clang-format on

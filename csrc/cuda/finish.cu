@@ -31,8 +31,8 @@ constexpr int kWidth = 8;      // pixels of a tile along W
 constexpr int kPitch = 16;     // rows of shared memory between the rows of a tile with halo
 
 struct Sizes {
-  int h, w, c, projected, values, first;  // first: the first channel of v
-  int image_rows;                         // B * H: row vectors before those of the columns
+  int h, w, c, projected, values;
+  int image_rows;  // B * H: row vectors before those of the columns
   long long out_b, out_c, out_p;
   float most;
   int hard;
@@ -204,10 +204,6 @@ __device__ void finish(const T* map, const T* axis, const T* weight, const float
 #endif
   }
   const int part = blockIdx.z % PARTS, c0 = blockIdx.z / PARTS * N;
-  for (int i = threadIdx.x; i < 2 * N; i += kThreads) {
-    const int c = c0 + i % N;
-    biases[i] = c < s.c ? (i < N ? proj_bias : pw_bias)[c] : 0;
-  }
   const int across = (s.w + kWidth - 1) / kWidth;
   const int y0 = blockIdx.y / across * TH, x0 = blockIdx.y % across * kWidth;
   const long long image = blockIdx.x;
@@ -221,12 +217,10 @@ __device__ void finish(const T* map, const T* axis, const T* weight, const float
 
   let_next_kernel_start();
   __syncthreads();
-#if __CUDA_ARCH__ >= 900
-  if constexpr (PARTS > 1) asm volatile("barrier.cluster.arrive.relaxed.aligned;");
-#endif
+  if constexpr (PARTS > 1) cluster_arrive();
 
   if (warp >= kWorkers / 32) {
-    give_registers<BLOCKS == 1 ? 56 : 48>();
+    give_registers<BLOCKS == 1 ? 64 : 48>();
     // The warpgroup that loads. A thread copies the same pieces of the map in every job.
     constexpr int kSlots = (TH + 2) * 10, kCopies = (kSlots + 15) / 16;
     const int thread = threadIdx.x % 128, piece = thread % 8;
@@ -241,7 +235,7 @@ __device__ void finish(const T* map, const T* axis, const T* weight, const float
     for (int j = 0; j < jobs; ++j) {
       const int stage = j % L::kStages, before = j / L::kStages - 1;
       const int job = j < gates ? first_gate + j : all_gates + first_chunk + j - gates;
-      const int n = (j < gates ? s.first + 64 * job : 64 * (job - all_gates)) + piece * 8;
+      const int n = (j < gates ? s.projected - s.values + 64 * job : 64 * (job - all_gates)) + piece * 8;
       if (before >= 0) wait(weight_free + stage, before & 1);
       copy_whole(weights + stage * L::kWeight,
                  reinterpret_cast<const char*>(weight) + ((long long)job * all_columns + c0) * kRow,
@@ -250,28 +244,28 @@ __device__ void finish(const T* map, const T* axis, const T* weight, const float
       if (j == 0) wait_for_previous_kernel();
       char* to = maps + stage * L::kMap;
       const T* from = map + n;
+      const long long stride = afresh(s.projected);
 #pragma unroll
       for (int i = 0; i < kCopies; ++i) {
         const int slot = thread / 8 + i * 16, row = slot / 10, column = slot % 10;
         const bool inside = pixel[i] >= 0 && n < s.projected;
         if (kSlots % 16 == 0 || i + 1 < kCopies || slot < kSlots)
           copy_async(to + (row * kPitch + column) * kRow + swizzled(piece, column),
-                     inside ? from + (long long)pixel[i] * s.projected : map, inside);
+                     inside ? from + pixel[i] * stride : map, inside);
       }
       copy_whole(taps + stage * L::kDepthwise,
                  reinterpret_cast<const char*>(depthwise_weight) + job * L::kDepthwise,
                  L::kDepthwise, map_here + stage);
     }
-#if __CUDA_ARCH__ >= 900
-    if constexpr (PARTS > 1) {
-      asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-      asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-      asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-    }
-#endif
+    if constexpr (PARTS > 1) cluster_wait(), cluster_arrive(), cluster_wait();
     return;
   }
-  take_registers<BLOCKS == 1 ? 224 : 96>();
+  take_registers<BLOCKS == 1 ? 216 : 96>();
+#pragma unroll
+  for (int i = threadIdx.x; i < 2 * N; i += kWorkers) {
+    const int c = c0 + i % N;
+    biases[i] = c < s.c ? (i < N ? proj_bias : pw_bias)[c] : 0;
+  }
   const int group = warp / 4;
   const int axis_pitch = (s.values + 15) / 16 * 16;
   const T* rows = axis + image * s.h * axis_pitch;
@@ -308,18 +302,15 @@ __device__ void finish(const T* map, const T* axis, const T* weight, const float
         constexpr int kShare = N / PARTS;
         const int c = first_column + i * L::kWide + k / 4 * 8 + fragment_column + k % 2;
         const int r = tile_row + fragment_row + k / 2 % 2 * 8;
-        const char* mine = shared + L::kAtSums + (part * 2 + kind) * L::kSums +
-                           (c % kShare * L::kColumnSums + r) * 4;
-        uint32_t theirs;
-        asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
-                     : "=r"(theirs)
-                     : "r"(shared_address(mine)), "r"(c / kShare));
-        asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(theirs), "f"(acc[i][k]) : "memory");
+        store_in(c / kShare,
+                 shared + L::kAtSums + (part * 2 + kind) * L::kSums +
+                     (c % kShare * L::kColumnSums + r) * 4,
+                 acc[i][k]);
       }
     }
   };
   auto weigh = [&](float z) {
-    return s.hard ? clamped(z + 3, 6) * (1.0f / 6) : 1 / (1 + __expf(-z));
+    return s.hard ? clamped(z + 3, 6) * (1.0f / 6) : __fdividef(1, 1 + __expf(-z));
   };
   auto close_gate = [&](auto sigmoid) {
 #pragma unroll
@@ -353,12 +344,14 @@ __device__ void finish(const T* map, const T* axis, const T* weight, const float
     if (lane == 0) arrive(map_free + stage);
     products_wait();
     if (j > 0 && lane == 0) arrive(weight_free + (j - 1) % L::kStages);
-    meet(1 + (L::kTiles == 2 ? group : 0), L::kTeam);  // the operand is there
+    // The operand is there.
+    if (L::kTiles == 1 || group == 0)
+      meet(1, L::kTeam);
+    else
+      meet(2, L::kTeam);
     if (j == gates) {  // what was multiplied last completes the gate
       if constexpr (PARTS > 1) {
-#if __CUDA_ARCH__ >= 900
-        asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");  // all have started
-#endif
+        cluster_wait();  // all have started
         if (gates == 0) {
 #pragma unroll
           for (int i = 0; i < L::kProducts; ++i)
@@ -369,7 +362,7 @@ __device__ void finish(const T* map, const T* axis, const T* weight, const float
       } else if (s.hard) {
         close_gate([](float z) { return clamped(z + 3, 6) * (1.0f / 6); });
       } else {
-        close_gate([](float z) { return 1 / (1 + __expf(-z)); });
+        close_gate([](float z) { return __fdividef(1, 1 + __expf(-z)); });
       }
     }
   }
@@ -379,10 +372,7 @@ __device__ void finish(const T* map, const T* axis, const T* weight, const float
 
   if constexpr (PARTS > 1) {
     send_sums(1);
-#if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-#endif
+    cluster_arrive(), cluster_wait();
     // This block's share of the columns, four pixels a thread at a time.
     constexpr int kShare = N / PARTS;
     for (int i = threadIdx.x; i < kShare * L::kPixels / 4; i += kWorkers) {
@@ -476,27 +466,43 @@ __device__ void finish(const T* map, const T* axis, const T* weight, const float
 }  // namespace seaattn
 
 // clang-format off
-#define SEAATTN_ENTRY(NAME, T, TH, N, PARTS, BLOCKS)                                              \
-  extern "C" __global__ void __launch_bounds__(seaattn::kThreads, BLOCKS) NAME( \
-      const T* map, const T* axis, const T* weight, const float* depthwise_weight,                \
-      const float* pw_bias, const float* proj_bias, T* out,                                       \
-      const __grid_constant__ seaattn::Sizes sizes) {                                             \
-    seaattn::finish<T, TH, N, PARTS, BLOCKS>(map, axis, weight, depthwise_weight, pw_bias,        \
-                                             proj_bias, out, sizes);                              \
-  }
-#ifdef ONLY
-#define SEAATTN_ENTRIES(SUFFIX, T) ONLY(SUFFIX, T)
+// Cluster dimensions need compute capability 9.0.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+#define SEAATTN_CLUSTER(SIZE)
 #else
-#define SEAATTN_ENTRIES(SUFFIX, T)                           \
-  SEAATTN_ENTRY(finish_8_64_4_##SUFFIX, T, 8, 64, 4, 2)      \
-  SEAATTN_ENTRY(finish_8_64_8_##SUFFIX, T, 8, 64, 8, 2)      \
-  SEAATTN_ENTRY(finish_8_64_1_##SUFFIX, T, 8, 64, 1, 2)      \
-  SEAATTN_ENTRY(finish_8_128_1_##SUFFIX, T, 8, 128, 1, 1)    \
-  SEAATTN_ENTRY(finish_8_192_1_##SUFFIX, T, 8, 192, 1, 1)    \
-  SEAATTN_ENTRY(finish_8_256_1_##SUFFIX, T, 8, 256, 1, 1)    \
-  SEAATTN_ENTRY(finish_16_64_1_##SUFFIX, T, 16, 64, 1, 1)    \
-  SEAATTN_ENTRY(finish_16_128_1_##SUFFIX, T, 16, 128, 1, 1)  \
-  SEAATTN_ENTRY(finish_16_192_1_##SUFFIX, T, 16, 192, 1, 1)
+#define SEAATTN_CLUSTER(SIZE) __cluster_dims__(1, 1, SIZE)
+#endif
+#if defined(__CUDA_ARCH__) && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define SEAATTN_BLOCKS(COUNT) 1
+#else
+#define SEAATTN_BLOCKS(COUNT) COUNT
+#endif
+#define SEAATTN_ENTRY(NAME, T, TH, N, PARTS, BLOCKS)                                               \
+  extern "C" __global__ void SEAATTN_CLUSTER(PARTS)                                                \
+      __launch_bounds__(seaattn::kThreads, SEAATTN_BLOCKS(BLOCKS)) finish_##NAME##_##TH##_##N##_##PARTS(           \
+          const T* map, const T* axis, const T* weight, const float* depthwise_weight,             \
+          const float* pw_bias, const float* proj_bias, T* out, int h, int w, int c,               \
+          int projected, int values, int image_rows, long long out_b, long long out_c,             \
+          long long out_p, float most, int hard) {                                                 \
+    seaattn::finish<T, TH, N, PARTS, BLOCKS>(                                                      \
+        map, axis, weight, depthwise_weight, pw_bias, proj_bias, out,                              \
+        {h, w, c, projected, values, image_rows, out_b, out_c, out_p, most, hard});                \
+  }
+#define SEAATTN_ENTRIES(NAME, T)         \
+  SEAATTN_ENTRY(NAME, T, 8, 64, 8, 2)    \
+  SEAATTN_ENTRY(NAME, T, 8, 64, 4, 2)    \
+  SEAATTN_ENTRY(NAME, T, 8, 64, 1, 2)    \
+  SEAATTN_ENTRY(NAME, T, 8, 128, 1, 1)   \
+  SEAATTN_ENTRY(NAME, T, 8, 192, 1, 1)   \
+  SEAATTN_LARGE_ENTRIES(NAME, T)
+// Where warpgroups cannot trade registers, these have too few.
+#if defined(__CUDA_ARCH__) && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define SEAATTN_LARGE_ENTRIES(NAME, T)
+#else
+#define SEAATTN_LARGE_ENTRIES(NAME, T)   \
+  SEAATTN_ENTRY(NAME, T, 8, 256, 1, 1)   \
+  SEAATTN_ENTRY(NAME, T, 16, 128, 1, 1)  \
+  SEAATTN_ENTRY(NAME, T, 16, 192, 1, 1)
 #endif
 SEAATTN_ENTRIES(f16, __half)
 SEAATTN_ENTRIES(bf16, __nv_bfloat16)

@@ -3,12 +3,7 @@
 // products of such tiles. Without wgmma the same tiles and results by mma.sync.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include <cstdint>
-#include <type_traits>
-
+#include "common.cuh"
 #include "wgmma.cuh"
 
 namespace seaattn {
@@ -16,18 +11,9 @@ namespace seaattn {
 constexpr int kChannels = 64;  // of a row
 constexpr int kRow = 128;      // bytes
 
-__device__ inline uint32_t shared_address(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
-
 // Where piece `piece` of a row lies; `key` is the row, or what takes its place modulo 8.
 __device__ inline int swizzled(int piece, int key) { return (piece ^ (key & 7)) << 4; }
 
-// 16 bytes to shared memory; zeros where not `inside`.
-__device__ inline void copy_async(void* to, const void* from, bool inside) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
-               "l"(from), "r"(inside ? 16 : 0));
-}
 // What this thread wrote to shared memory is seen by the matrix units after the next barrier.
 __device__ inline void publish() {
 #if __CUDA_ARCH__ >= 900
@@ -99,32 +85,6 @@ __device__ inline void meet(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-__device__ inline void wait_for_previous_kernel() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-__device__ inline void let_next_kernel_start() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
-
-template <typename T>
-struct Pair;
-template <>
-struct Pair<__half> {
-  using type = __half2;
-  static __device__ float2 wide(__half2 x) { return __half22float2(x); }
-  static __device__ __half2 narrow(float x, float y) { return __floats2half2_rn(x, y); }
-};
-template <>
-struct Pair<__nv_bfloat16> {
-  using type = __nv_bfloat162;
-  static __device__ float2 wide(__nv_bfloat162 x) { return __bfloat1622float2(x); }
-  static __device__ __nv_bfloat162 narrow(float x, float y) { return __floats2bfloat162_rn(x, y); }
-};
-
 // The products of a warpgroup: 64 rows of `a` by N rows of `b`, over the 64 channels of both.
 //
 // `d[4 i + j]` of a thread is in row 16 (warp) + (lane / 4) + 8 (j / 2) and column
@@ -165,23 +125,6 @@ __device__ inline void load_matrices(uint32_t (&r)[4], const char* at) {
                : "r"(shared_address(at)));
 }
 
-template <typename T>
-__device__ void multiply(float* d, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  if constexpr (std::is_same_v<T, __half>) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-        "{%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-  } else {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-        "{%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-  }
-}
-
 template <typename T, int R>
 __device__ void product(float (&d)[R], const char* a, const char* b, bool add) {
   if (!add) {
@@ -198,20 +141,12 @@ __device__ void product(float (&d)[R], const char* a, const char* b, bool add) {
       uint32_t right[4];
       const int column = 16 * n + lane % 8 + lane / 16 * 8;
       load_matrices(right, b + column * kRow + swizzled(2 * k + lane / 8 % 2, column));
-      multiply<T>(d + 8 * n, left, right[0], right[1]);
-      multiply<T>(d + 8 * n + 4, left, right[2], right[3]);
+      multiply<T>(d + 8 * n, left[0], left[1], left[2], left[3], right[0], right[1]);
+      multiply<T>(d + 8 * n + 4, left[0], left[1], left[2], left[3], right[2], right[3]);
     }
   }
 }
 
 #endif
-
-// NaN goes through, as in PyTorch.
-__device__ inline float clamped(float x, float most) {
-  float y;
-  asm("{\n.reg .f32 t;\nmax.NaN.f32 t, %1, 0f00000000;\nmin.NaN.f32 %0, t, %2;\n}" : "=f"(y)
-      : "f"(x), "f"(most));
-  return y;
-}
 
 }  // namespace seaattn

@@ -3,11 +3,7 @@
 // of results that a thread holds.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include <cstdint>
-#include <type_traits>
+#include "common.cuh"
 
 namespace seaattn {
 
