@@ -2,12 +2,14 @@
 
 SEAATTN_SKIP_BUILD=1   pure Python
 SEAATTN_FORCE_BUILD=1  a library, or an error
-SEAATTN_CUDA_ARCHS     compute capabilities to compile csrc/cuda for, such as "8.0;9.0a"
+SEAATTN_CUDA_ARCHS     compute capabilities to compile csrc/cuda for, such as "9.0a"; without it
+                       that of this machine's GPU where the kernels are for it and nvcc is here
 MAX_JOBS               parallel compilations
 """
 
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -28,10 +30,37 @@ def missing() -> str | None:
     return None
 
 
+def cuda_archs(torch) -> list[str]:
+    """What to compile csrc/cuda for, such as ["90a"]."""
+    if asked := os.environ.get("SEAATTN_CUDA_ARCHS"):
+        if shutil.which("nvcc") is None:
+            sys.exit("SEAATTN_CUDA_ARCHS asks for CUDA code, and no nvcc was found")
+        return [arch.replace(".", "") for arch in asked.replace(";", " ").split()]
+    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+    return ["90a"] if hopper and shutil.which("nvcc") else []
+
+
+def compile_cuda(archs: list[str], folder: Path) -> None:
+    """A binary of each kernel of csrc/cuda, side by side; they need nothing of torch."""
+    if not archs:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    compilers = []
+    for source in sorted(Path("csrc/cuda").glob("*.cu")):
+        files = [str(source), "-o", str(folder / f"{source.stem}.fatbin")]
+        compilers.append(subprocess.Popen(["nvcc", "-std=c++17", "-O3", "-fatbin", *codes, *files]))
+    results = [compiler.wait() for compiler in compilers]
+    if any(results):
+        raise RuntimeError("nvcc failed on csrc/cuda")
+
+
 def extension() -> dict:
     """The arguments of ``setup`` for the library."""
     import torch
     from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+    archs = cuda_archs(torch)
 
     class BuildLibrary(BuildExtension):
         """A compiler that fails leaves pure Python, unless the build was asked for."""
@@ -39,6 +68,8 @@ def extension() -> dict:
         def run(self) -> None:
             try:
                 super().run()
+                root = Path() if self.inplace else Path(self.build_lib)
+                compile_cuda(archs, root / "seaattn_kernels/cuda")
             except (Exception, SystemExit) as error:
                 if forced:
                     raise
@@ -46,8 +77,6 @@ def extension() -> dict:
                 print(f"seaattn_kernels: pure Python, compiling failed: {reason}", file=sys.stderr)
                 self.extensions.clear()
 
-    if os.environ.get("SEAATTN_CUDA_ARCHS"):
-        sys.exit("SEAATTN_CUDA_ARCHS asks for CUDA code, and this version has no csrc/cuda")
     flags = ["-O3", "-fno-math-errno", "-fvisibility=hidden", "-Wno-psabi"]
     # at::parallel_for is a template over OpenMP, serial without the flag. It is not for the linker:
     # the symbols must come from the runtime that torch has loaded, and not from a second one.

@@ -12,18 +12,18 @@ from bench.works import Work
 from seaattn_kernels import ops
 from seaattn_kernels.budget import SEEDS, Verdict
 
-#: eager: upstream's forward. reference: folded PyTorch. triton, cpu: this package's kernels.
+#: eager: upstream's forward. reference: folded PyTorch. triton, cuda, cpu: this package's kernels.
 #: auto: the best backend of the device. channels_last: the same on maps in that layout. compile:
 #: eager under torch.compile, compiled anew for each shape. freezing: the same with constant
 #: weights. autotune: the same on a GPU with every kernel tuned, which takes long. onnxruntime,
 #: openvino: eager in those runtimes.
 PROVIDERS = (
-    "eager", "reference", "triton", "cpu", "auto", "channels_last",
+    "eager", "reference", "triton", "cuda", "cpu", "auto", "channels_last",
     "compile", "freezing", "autotune", "onnxruntime", "openvino",
 )  # fmt: skip
 #: Those that are timed where nobody asks by name.
-DEFAULT_PROVIDERS = ("eager", "reference", "triton", "auto", "compile", *peers.PACKAGES)
-_NEED_A_GPU = ("triton", "autotune")
+DEFAULT_PROVIDERS = ("eager", "reference", "triton", "cuda", "auto", "compile", *peers.PACKAGES)
+_NEED_A_GPU = ("triton", "cuda", "autotune")
 _NEED_A_CPU = ("cpu", "channels_last", "freezing", *peers.PACKAGES)
 #: Above this ratio of its ends an interval says more about the machine than about the code.
 WIDE = 1.5

@@ -18,6 +18,7 @@ _STYLES = {
     "eager": {"color": "#56B4E9", "marker": "s", "linestyle": ":"},
     "reference": {"color": "#E69F00", "marker": "o", "linestyle": "-."},
     "triton": {"color": "#009E73", "marker": "v", "linestyle": "-"},
+    "cuda": {"color": "#661100", "marker": "*", "linestyle": "-"},
     "cpu": {"color": "#117733", "marker": "h", "linestyle": "-"},
     "auto": {"color": "#0072B2", "marker": "D", "linestyle": "-"},
     "compile": {"color": "#CC79A7", "marker": "^", "linestyle": (0, (5, 1, 1, 1, 1, 1))},
@@ -32,6 +33,7 @@ _LABELS = {
     "eager": "eager PyTorch",
     "reference": "reference (folded PyTorch)",
     "triton": "seaattn_kernels (Triton)",
+    "cuda": "seaattn_kernels (CUDA)",
     "cpu": "seaattn_kernels (C++)",
     "auto": "seaattn_kernels",
     "compile": "torch.compile",
@@ -45,7 +47,7 @@ _LABELS = {
 
 _Points = Mapping[str, Mapping[int, Sequence[float]]]
 #: Providers that are this package, the one that stands for it first.
-_OURS = ("auto", "cpu", "triton", "reference", "channels_last")
+_OURS = ("auto", "cpu", "cuda", "triton", "reference", "channels_last")
 
 
 def plot(results: Mapping, path: Path) -> list[Path]:

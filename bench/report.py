@@ -11,7 +11,7 @@ from bench.plot import plot
 _README = Path(__file__).parents[1] / "README.md"
 #: Between these lines README holds the summary of a result file.
 BEGIN, END = "<!-- begin of the summary of {} -->", "<!-- end of the summary -->"
-_OURS = ("auto", "cpu", "triton", "reference")
+_OURS = ("auto", "cpu", "cuda", "triton", "reference")
 _CAPTIONS = {
     "": "Speed-up over eager and time of a call",
     "speedups": "Speed-up of operators, training steps and models",

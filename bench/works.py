@@ -24,7 +24,7 @@ from seaattn_kernels.verify import OperatorCase, randomise
 OPERATORS = ("axial_squeeze", "axial_attention_pair", "broadcast_add", "gate")
 #: torch.compile's modes by provider.
 COMPILED = {"compile": None, "autotune": "max-autotune-no-cudagraphs"}
-_INFERENCE_ONLY = ("freezing", *peers.PACKAGES)
+_INFERENCE_ONLY = ("cuda", "freezing", *peers.PACKAGES)
 #: What draws in training: no two runs of it are alike, so that none could be judged.
 _RANDOM = (nn.Dropout2d, seaformer.DropPath)
 

@@ -23,10 +23,11 @@ def _version(package: str) -> str | None:
 
 
 def _backend(name: str, devices: list[torch.device]) -> dict:
-    """The operators that a backend can run here in float32, and why it runs no others."""
+    """The operators that a backend can run here, and why it runs no others."""
+    dtype = torch.float16 if name == "cuda" else torch.float32
     reasons = {}
     for operator in ops.OPERATORS[name]:
-        refused = [ops.refusal(operator, name, device, torch.float32) for device in devices]
+        refused = [ops.refusal(operator, name, device, dtype) for device in devices]
         reasons[operator] = None if None in refused else refused[0]
     able = [operator for operator, reason in reasons.items() if reason is None]
     state = {"operators": able}

@@ -94,6 +94,25 @@ class PackedWeights(NamedTuple):
     position: Tensor  # (H + W, 2*heads*D)
 
 
+class ChunkedWeights(NamedTuple):
+    """What the block takes as ``weights`` where csrc/cuda finishes it.
+
+    ``chunks``, ``depthwise``: a job of csrc/cuda/finish.cu after the other, each 64 channels of v,
+    then of the whole map; what is missing is zero. The pieces of 8 channels of a row lie as in
+    shared memory: piece p of row r at place p ^ (r % 8). The others: as in :class:`PackedWeights`.
+    """
+
+    qkv_weight: Tensor  # (NQ', C')
+    qkv_bias: Tensor  # (NQ',)
+    chunks: Tensor  # (jobs, C up to a multiple of 64, 64): Wproj, then Wpw
+    depthwise: Tensor  # (jobs, 10, 64), float32: nine taps and their bias
+    pw_bias: Tensor  # (C,)
+    encode_weight: Tensor  # (2, DH, DH')
+    encode_bias: Tensor  # (2, DH)
+    proj_bias: Tensor  # (C,)
+    position: Tensor  # (H + W, 2*heads*D)
+
+
 class PanelWeights(NamedTuple):
     """What the C++ kernel takes as ``weights``: outputs in panels of sixteen, float32 throughout.
 
@@ -119,18 +138,41 @@ def _panels(weight: Tensor) -> Tensor:
     return _padded(weight, 0).unflatten(0, (-1, 16)).transpose(1, 2).contiguous()
 
 
-def _padded(x: Tensor, *dims: int) -> Tensor:
-    """``x`` with zeros up to a multiple of 16 along some dimensions."""
+def _padded(x: Tensor, *dims: int, multiple: int = 16) -> Tensor:
+    """``x`` with zeros up to a multiple along some dimensions."""
     padding = [0, 0] * x.dim()
     for dim in dims:
-        padding[2 * (x.dim() - 1 - dim) + 1] = -x.shape[dim] % 16
+        padding[2 * (x.dim() - 1 - dim) + 1] = -x.shape[dim] % multiple
     return F.pad(x, padding).contiguous()
 
 
-Weights = BlockWeights | PackedWeights | PanelWeights
+#: Channels of a job of csrc/cuda/finish.cu.
+_CHUNK = 64
+
+
+def _jobs(x: Tensor) -> Tensor:
+    """``(rows, K) -> (jobs, rows, 64)``."""
+    return _padded(x, 1, multiple=_CHUNK).unflatten(1, (-1, _CHUNK)).transpose(0, 1)
+
+
+def _swizzled(jobs: Tensor) -> Tensor:
+    """The pieces of rows as they lie in shared memory."""
+    pieces = jobs.unflatten(2, (-1, 8))
+    place = torch.arange(8, device=jobs.device)
+    row = torch.arange(jobs.shape[1], device=jobs.device) % 8
+    from_piece = (place ^ row[:, None])[None, :, :, None].expand(pieces.shape)
+    return pieces.gather(2, from_piece).flatten(2).contiguous()
+
+
+Weights = BlockWeights | PackedWeights | ChunkedWeights | PanelWeights
 
 #: How the kernels of a backend take their weights.
-_KINDS = {"reference": BlockWeights, "triton": PackedWeights, "cpu": PanelWeights}
+_KINDS = {
+    "reference": BlockWeights,
+    "triton": PackedWeights,
+    "cuda": ChunkedWeights,
+    "cpu": PanelWeights,
+}
 
 #: What weights are kept for: the dtype and the size of a map, and the backend.
 _Key = tuple[torch.dtype, int, int, str]
@@ -160,6 +202,12 @@ class FoldedWeights:
     @property
     def device(self) -> torch.device:
         return self.convolutions[0].device
+
+    @property
+    def cuda_obstacle(self) -> str | None:
+        """See :func:`cuda_obstacle`."""
+        activation = reference.ACTIVATIONS[self.activation_code]
+        return cuda_obstacle(activation, self.heads, self.key_dim, self.value_dim)
 
     @property
     def value_dim(self) -> int:
@@ -205,13 +253,15 @@ class FoldedWeights:
             position = torch.cat([_padded(row, 1), _padded(column, 1)], dim=1)
         else:
             position = torch.cat([row, column], dim=1)
-        if kind is PackedWeights:
+        if kind in (PackedWeights, ChunkedWeights):
             position = position.t().contiguous()
         return kind(*casts, position)
 
     def _cast(self, dtype: torch.dtype, kind: type[Weights]) -> list[Tensor]:
         if kind is PackedWeights:
             return self._pack(dtype)
+        if kind is ChunkedWeights:
+            return self._chunk(dtype)
         if kind is PanelWeights:
             return self._cut()
         tensors = [t if t.dim() == 1 else t.to(dtype) for t in self.convolutions]
@@ -229,6 +279,19 @@ class FoldedWeights:
             _padded(dw_bias, 0), _padded(pw, 1).to(dtype), pw_bias,
             _padded(torch.stack([row, column]), 2).to(dtype), torch.stack([row_bias, column_bias]),
             _padded(proj, 1).to(dtype), bias, axis,
+        ]  # fmt: skip
+
+    def _chunk(self, dtype: torch.dtype) -> list[Tensor]:
+        packed = PackedWeights(*self._pack(dtype), position=None)
+        _, _, dw, dw_bias, pw, _, row, *_, proj, _ = self.convolutions
+        values = row.shape[0]
+        taps = torch.cat([dw.flatten(1).t(), dw_bias[None]])
+        products = torch.cat([_jobs(_padded(w, 0, multiple=_CHUNK)) for w in (proj, pw)])
+        depthwise = torch.cat([_jobs(taps[:, -values:]), _jobs(taps)])
+        return [
+            packed.qkv_weight, packed.qkv_bias, _swizzled(products.to(dtype)),
+            depthwise.contiguous(), packed.pw_bias, packed.encode_weight, packed.encode_bias,
+            packed.proj_bias,
         ]  # fmt: skip
 
     def _cut(self) -> list[Tensor]:
@@ -314,6 +377,19 @@ def obstacle(anatomy: Anatomy) -> str | None:
             return f"the norm of {conv} has no running statistics"
     if anatomy.scale != anatomy.key_dim**-0.5:
         return f"scale is {anatomy.scale}"
+    return None
+
+
+def cuda_obstacle(activation: str, heads: int, key_dim: int, value_dim: int) -> str | None:
+    """What of a block the kernels of csrc/cuda do not take, or None."""
+    if activation not in ("relu", "relu6"):
+        return f"backend 'cuda' takes relu and relu6, not {activation}"
+    keys, values = heads * key_dim, heads * value_dim
+    if keys % 8 or values % 16:
+        return (
+            "backend 'cuda' needs a multiple of 8 for heads*D and one of 16 for heads*E, "
+            f"got {keys} and {values}"
+        )
     return None
 
 

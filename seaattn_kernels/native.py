@@ -52,3 +52,17 @@ def _load() -> tuple[dict[str, str], str | None]:
 
 #: How the library was built (empty without one), and why it cannot be used (None where it can).
 BUILD, REASON = _load()
+
+
+def _cuda_reason() -> str | None:
+    binaries = [Path(__file__).parent / "cuda" / f"{name}.fatbin" for name in ("axis", "finish")]
+    if REASON is not None or all(path.exists() for path in binaries):
+        return REASON
+    return (
+        "the kernels of csrc/cuda are not compiled (building with nvcc present does that, on a GPU "
+        "of compute capability 9.0 or with SEAATTN_CUDA_ARCHS=9.0a)"
+    )
+
+
+#: Why the kernels of csrc/cuda cannot be used (None where they can).
+CUDA_REASON = _cuda_reason()

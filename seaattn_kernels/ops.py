@@ -139,10 +139,12 @@ def refusal(
     device: torch.device,
     dtype: torch.dtype,
     head: tuple[int, int] = (0, 0),
+    obstacle: str | None = None,
 ) -> str | None:
     """Why ``backend`` cannot run ``operator`` on such tensors, or None where it can.
 
-    ``head``: D and E of an attention.
+    ``head``: D and E of an attention; ``obstacle``: what of a block csrc/cuda does not take,
+    ``fold.cuda_obstacle``.
     """
     if backend == "reference":
         return None
@@ -155,6 +157,8 @@ def refusal(
     if backend == "cpu" and device.type != "cpu":
         return f"backend 'cpu' needs CPU tensors, got {device}"
     if backend == "triton" and (reason := _triton_refusal(device, dtype, head)):
+        return reason
+    if backend == "cuda" and (reason := _cuda_refusal(device, dtype, head) or obstacle):
         return reason
     if dtype is torch.float64:
         return f"backend {backend!r} does not compute in float64; 'reference' does"
@@ -177,6 +181,22 @@ def _triton_refusal(device: torch.device, dtype: torch.dtype, head: tuple[int, i
     return None
 
 
+def _cuda_refusal(device: torch.device, dtype: torch.dtype, head: tuple[int, int]) -> str | None:
+    if native.CUDA_REASON is not None:
+        return native.CUDA_REASON
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"backend 'cuda' needs tensors on an NVIDIA GPU, got {device}"
+    if _capability(device) != (9, 0):
+        found = "{}.{}".format(*_capability(device))
+        return (
+            "backend 'cuda' has run on compute capability 9.0 alone and is switched off on "
+            f"others, this GPU has {found}"
+        )
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"backend 'cuda' computes in float16 and bfloat16, not in {dtype}"
+    return _triton_refusal(device, dtype, head)  # whose kernels come first in the block
+
+
 def _capability(device: torch.device) -> tuple[int, int]:
     if device not in _capabilities:
         _capabilities[device] = torch.cuda.get_device_capability(device)
@@ -187,13 +207,23 @@ def _capability(device: torch.device) -> tuple[int, int]:
 _capability._dynamo_marked_constant = True
 
 
-def _preferred(operator: str, device: torch.device) -> tuple[str, str | None]:
+def _preferred(
+    operator: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    head: tuple[int, int],
+    obstacle: str | None,
+) -> tuple[str, str | None]:
     """What "auto" takes on a device, and why it is not the best it has."""
-    if device.type == "cuda" and torch.version.hip is None and _capability(device) < (8, 0):
+    if device.type == "cpu":
+        return "cpu", None
+    if device.type != "cuda":
+        return "reference", None
+    if torch.version.hip is None and _capability(device) < (8, 0):
         return "reference", "below compute capability 8.0 plain PyTorch is taken"
-    candidates = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}.get(device.type, ())
-    able = [backend for backend in candidates if operator in OPERATORS[backend]]
-    return (able[0] if able else "reference"), None
+    if refusal(operator, "cuda", device, dtype, head, obstacle) is None:
+        return "cuda", None
+    return "triton", None
 
 
 def _exact_convolutions() -> bool:
@@ -237,6 +267,7 @@ def settle(
     device: torch.device,
     dtype: torch.dtype,
     head: tuple[int, int] = (0, 0),
+    obstacle: str | None = None,
 ) -> tuple[str, str | None]:
     """The backend that runs, and for "auto" why it is not the one that was preferred.
 
@@ -244,13 +275,15 @@ def settle(
     """
     check_backend(backend)
     if backend != "auto":
-        if reason := refusal(operator, backend, device, dtype, head):
+        if reason := refusal(operator, backend, device, dtype, head, obstacle):
             raise RuntimeError(f"{operator}: {reason}")
         return backend, None
     if _AUTO not in BACKENDS:
         raise ValueError(f"SEAATTN_BACKEND must be one of {BACKENDS}, got {_AUTO!r}")
-    preferred, reason = (_AUTO, None) if _AUTO != "auto" else _preferred(operator, device)
-    reason = reason or refusal(operator, preferred, device, dtype, head)
+    preferred, reason = _AUTO, None
+    if _AUTO == "auto":
+        preferred, reason = _preferred(operator, device, dtype, head, obstacle)
+    reason = reason or refusal(operator, preferred, device, dtype, head, obstacle)
     return ("reference" if reason else preferred), reason
 
 
@@ -260,9 +293,10 @@ def choose(
     device: torch.device,
     dtype: torch.dtype,
     head: tuple[int, int] = (0, 0),
+    obstacle: str | None = None,
 ) -> str:
     """The backend that runs; "auto" warns once a reason where it falls back to the reference."""
-    chosen, reason = settle(operator, backend, device, dtype, head)
+    chosen, reason = settle(operator, backend, device, dtype, head, obstacle)
     if reason is not None:
         quiet = dtype is torch.float64 or torch.compiler.is_compiling() or transformed()
         if not quiet and reason not in _warned:
@@ -272,12 +306,16 @@ def choose(
 
 
 def _select(
-    operator: str, backend: str, x: Tensor, head: tuple[int, int] = (0, 0)
+    operator: str,
+    backend: str,
+    x: Tensor,
+    head: tuple[int, int] = (0, 0),
+    obstacle: str | None = None,
 ) -> tuple[Callable, str]:
     """The overload that runs, and its backend."""
     if not torch.compiler.is_compiling() and "torch.utils.flop_counter" in sys.modules:
         _register_flop_formulas()
-    chosen = choose(operator, backend, x.device, x.dtype, head)
+    chosen = choose(operator, backend, x.device, x.dtype, head, obstacle)
     return REFERENCE[operator] if transformed() else OVERLOADS[operator][chosen], chosen
 
 
@@ -469,8 +507,9 @@ def sea_attention(x: Tensor, folded, backend: str = "auto") -> Tensor:
     On a CPU "auto" is the fused block in C++, in float32 from the map to the result whatever the
     dtype; its bits do not depend on the number of threads.
 
-    On a GPU "auto" is the fused block, four or five launches of Triton, and folded PyTorch where
-    :mod:`crossover` expects that to be faster. Its products take float32 as convolutions do, by
+    On a GPU "auto" is the fused block, three to five launches: of Triton, and in half precision on
+    compute capability 9.0 of csrc/cuda behind the projection. It is folded PyTorch where
+    :mod:`crossover` expects that to be faster. Products take float32 as convolutions do, by
     ``torch.backends.cudnn.conv.fp32_precision``; along an axis by that of ``cuda.matmul``.
 
     Args:
@@ -503,7 +542,7 @@ def sea_attention(x: Tensor, folded, backend: str = "auto") -> Tensor:
     if backend == _AUTO == "auto" and _folded_is_faster(x, folded):
         backend = "reference"
     head = folded.key_dim, folded.value_dim
-    overload, backend = _select("sea_attention", backend, x, head)
+    overload, backend = _select("sea_attention", backend, x, head, folded.cuda_obstacle)
     arguments = (
         folded.weights(x.dtype, x.shape[2], x.shape[3], backend),
         folded.heads,

@@ -7,6 +7,7 @@ from the reference. Arguments have been checked.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -96,7 +97,7 @@ _PUBLIC = (
     "training",
 )
 #: The operators that each backend has in this version.
-OPERATORS = {"reference": _PUBLIC, "cpu": _PUBLIC, "triton": _PUBLIC, "cuda": ()}
+OPERATORS = {"reference": _PUBLIC, "cpu": _PUBLIC, "triton": _PUBLIC, "cuda": ("sea_attention",)}
 
 
 # --- reference -------------------------------------------------------------------------------
@@ -216,7 +217,7 @@ def _triton_gate_backward(gradient, x, y, hard):
     return gate.gate_backward(*(reference.follow_layout(t, x) for t in (gradient, x, y)), hard)
 
 
-def _triton_sea_attention(x, weights, *rest):
+def _triton_sea_attention(x, weights, *rest, chunked=False):
     from seaattn_kernels.kernels import block
 
     out = _like_map(x)
@@ -225,16 +226,27 @@ def _triton_sea_attention(x, weights, *rest):
     h, w = x.shape[2:]
     if h > 1 and w > 1 and x.stride(2) != w * x.stride(3):
         x = reference.follow_layout(x, x)
-    return block.sea_attention(x, weights, *rest, reference.squeeze_first(h, w), out)
+    return block.sea_attention(x, weights, *rest, reference.squeeze_first(h, w), out, chunked)
 
 
-def _triton_sea_attention_plan(x, weights, *rest):
+def _planned(sea_attention: Callable) -> Callable:
     """The result, and its launches as numbers, which the library repeats in the next calls."""
-    from seaattn_kernels.kernels import launch
 
-    with launch.recording() as launches:
-        out = _triton_sea_attention(x, weights, *rest)
-    return out, launch.plan(launches, [x, *weights, out])
+    def plan(x, weights, *rest):
+        from seaattn_kernels.kernels import launch
+
+        with launch.recording() as launches:
+            out = sea_attention(x, weights, *rest)
+        return out, launch.plan(launches, [x, *weights, out])
+
+    return plan
+
+
+#: The block on a GPU: the first launches are Triton's, the last may be those of csrc/cuda.
+_BLOCK_ON_GPU = {
+    "triton": _triton_sea_attention,
+    "cuda": partial(_triton_sea_attention, chunked=True),
+}
 
 
 def _triton_moments(y):
@@ -535,11 +547,16 @@ def _define() -> dict[str, dict[str, torch._ops.OpOverload]]:
     for backend in ("cpu", "triton"):
         name = f"axial_attention.{backend}"
         _LIBRARY.impl(name, _one_axis(backend), "CompositeImplicitAutograd")
-    _LIBRARY.define(f"sea_attention_plan.triton{_BLOCK} -> (Tensor, int[])")
-    for name, function in {**_TRITON, "sea_attention_plan": _triton_sea_attention_plan}.items():
+    for name, function in _TRITON.items():
         for device in ("CUDA", "CPU"):  # on the CPU Triton interprets
             if not _in_library(f"{name}.triton", device):
                 _LIBRARY.impl(f"{name}.triton", function, device)
+    for backend, function in _BLOCK_ON_GPU.items():
+        _LIBRARY.define(f"sea_attention_plan.{backend}{_BLOCK} -> (Tensor, int[])")
+        for device in ("CUDA", "CPU") if backend == "triton" else ("CUDA",):
+            _LIBRARY.impl(f"sea_attention_plan.{backend}", _planned(function), device)
+    if not _in_library("sea_attention.cuda", "CUDA"):
+        _LIBRARY.impl("sea_attention.cuda", _BLOCK_ON_GPU["cuda"], "CUDA")
     for name, fake in _FAKES.items():
         for backend, overload in overloads[name].items():
             if backend != "reference":

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from seaattn_kernels import ops, probe
 from seaattn_kernels.anatomy import Anatomy, Obstacle, facts, resembles
 from seaattn_kernels.checks import autocast_dtype
-from seaattn_kernels.fold import FoldCache, traced
+from seaattn_kernels.fold import FoldCache, cuda_obstacle, traced
 from seaattn_kernels.module import SeaAttention, run
 from seaattn_kernels.report import Report, Row
 
@@ -42,11 +42,13 @@ def _settle(row: Row, parts: Anatomy, backend: str) -> None:
     weight = parts.convolutions[0].conv.weight
     device, dtype = weight.device, weight.dtype
     head = parts.key_dim, parts.value_dim
+    obstacle = cuda_obstacle(parts.activation, parts.heads, *head)
     if backend == "auto":
-        row.backend, row.reason = ops.settle("sea_attention", backend, device, dtype, head)
+        settled = ops.settle("sea_attention", backend, device, dtype, head, obstacle)
+        row.backend, row.reason = settled
         return
     row.backend, row.reason = backend, None
-    refused = ops.refusal("sea_attention", backend, device, dtype, head)
+    refused = ops.refusal("sea_attention", backend, device, dtype, head, obstacle)
     for operator in _TRAINING_OPERATORS:
         if refused and (reason := ops.refusal(operator, backend, device, dtype, head)):
             name = row.name or "the model"

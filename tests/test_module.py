@@ -313,7 +313,7 @@ def test_bad_input(gradients, error, message, make_input):
 
 
 def test_explicit_backend_never_falls_back(library, monkeypatch):
-    lacking = dict.fromkeys(("triton", "cpu"), ("axial_squeeze",))
+    lacking = dict.fromkeys(("triton", "cuda", "cpu"), ("axial_squeeze",))
     monkeypatch.setattr(ops, "OPERATORS", {**ops.OPERATORS, **lacking})
     for backend in ("triton", "cuda", "cpu"):
         block = make(backend=backend).eval()

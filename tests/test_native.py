@@ -130,7 +130,19 @@ def test_a_compiler_that_fails_is_one_line_or_an_error(tmp_path, forced):
     assert not list(tmp_path.rglob("*.so"))
 
 
-def test_cuda_cannot_be_asked_for(tmp_path):
-    done = _setup(tmp_path, SEAATTN_CUDA_ARCHS="9.0a")
+def test_cuda_cannot_be_asked_for_without_nvcc(tmp_path):
+    compiler = shutil.which("g++")
+    done = _setup(tmp_path, CXX=compiler, PATH="/nowhere", SEAATTN_CUDA_ARCHS="9.0a")
     assert done.returncode != 0
-    assert "csrc/cuda" in done.stderr
+    assert "no nvcc was found" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_kernels_are_compiled_one_file_each(tmp_path):
+    code = "import sys; sys.argv = ['setup.py', '--version']; import setup; from pathlib import Path; "
+    code += f"setup.compile_cuda(['90a'], Path({str(tmp_path)!r}))"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True)
+    sources = {path.stem for path in (ROOT / "csrc/cuda").glob("*.cu")}
+    assert {path.name for path in tmp_path.iterdir()} == {f"{name}.fatbin" for name in sources}

@@ -17,6 +17,7 @@ from torch import nn
 from seaattn_kernels import (
     SeaAttention,
     explain,
+    native,
     ops,
     patch,
     replace_sea_attention,
@@ -1128,6 +1129,7 @@ def test_a_warning_that_is_an_error_leaves_the_own_forward():
 
 def test_report_says_why_auto_falls_back(monkeypatch):
     monkeypatch.setattr(ops, "_AUTO", "cuda")
+    monkeypatch.setattr(native, "CUDA_REASON", "csrc/cuda is not compiled")
     row = explain(make(dtype=torch.float32))["stages.0"]
     assert row.backend == "reference"
-    assert row.reason == "this version has no cuda implementation of sea_attention"
+    assert row.reason == "csrc/cuda is not compiled"

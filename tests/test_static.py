@@ -1,5 +1,6 @@
 """The static check of the Triton kernels: that it passes, and that it can fail."""
 
+import ast
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ from bench import static
 from seaattn_kernels.kernels import squeeze
 
 ROOT = Path(__file__).parents[1]
+KERNELS = ROOT / "seaattn_kernels" / "kernels"
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
@@ -190,3 +192,67 @@ def test_a_thousand_sizes_of_maps_share_three_compilations():
     done = run("-c", SIZES)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["3", "1", "1"]
+
+
+# --- what compiles to something else than what it says ----------------------------------------
+
+
+def _copies(node):
+    """``(target, source)`` of an assignment of names to names, ``a = b`` or ``a, c = b, d``."""
+    for target in node.targets:
+        pairs = [(target, node.value)]
+        if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
+            pairs = zip(target.elts, node.value.elts, strict=True)
+        for left, right in pairs:
+            if isinstance(left, ast.Name) and isinstance(right, ast.Name):
+                yield left.id, right.id
+
+
+def aliased(source):
+    """Names that a loop of a kernel takes over from others, where both begin as one value.
+
+    Triton tells what a loop changes by comparing values: it takes ``a = b`` for no change then.
+    """
+    found = []
+    for function in ast.walk(ast.parse(source)):
+        if not isinstance(function, ast.FunctionDef):
+            continue
+        if not any("triton.jit" in ast.unparse(d) for d in function.decorator_list):
+            continue
+        assigned = [node for node in ast.walk(function) if isinstance(node, ast.Assign)]
+        for loop in ast.walk(function):
+            if not isinstance(loop, ast.For | ast.While):
+                continue
+            inside = [node for node in ast.walk(loop) if isinstance(node, ast.Assign)]
+            before = [node for node in assigned if node.lineno < loop.lineno]
+            shared = {name for node in before for pair in _copies(node) for name in pair}
+            for node in before:
+                if len(node.targets) > 1:  # a = b = value
+                    shared |= {t.id for t in node.targets if isinstance(t, ast.Name)}
+            for node in inside:
+                found += [
+                    f"{function.name}: {left} = {right}"
+                    for left, right in _copies(node)
+                    if {left, right} <= shared
+                ]
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(KERNELS.glob("*.py")), ids=lambda path: path.stem)
+def test_what_a_loop_hands_on_begins_as_values_of_its_own(path):
+    assert aliased(path.read_text()) == []
+
+
+def test_the_aliases_of_a_loop_are_seen():
+    kernel = """
+@triton.jit
+def f(n):
+    above = tl.zeros([1], tl.float32)
+    {begin}
+    for _ in range(n):
+        above = here
+        here = above + 1
+"""
+    assert aliased(kernel.format(begin="here = above")) == ["f: above = here"]
+    assert aliased(kernel.format(begin="here, other = above, n")) == ["f: above = here"]
+    assert aliased(kernel.format(begin="here = tl.zeros([1], tl.float32)")) == []

@@ -59,13 +59,13 @@ __device__ inline void load_words(uint32_t (&x)[WORDS], const void* from, bool i
 // the place of everything before.
 template <int D, int E>
 struct Layout {
-  static constexpr int kChannels = 2 * D + E;             // of a head
-  static constexpr int kVector = D % 8 == 0 ? 8 : 4;      // channels of a load
-  static constexpr int kPieces = kChannels / kVector;     // loads of a pixel
-  static constexpr int kGroups = (kPieces + 7) / 8;       // of eight loads
-  static constexpr int kAhead = kGroups == 2 ? 3 : 4;     // rows in flight; four would spill
+  static constexpr int kChannels = 2 * D + E;          // of a head
+  static constexpr int kVector = D % 8 == 0 ? 8 : 4;   // channels of a load
+  static constexpr int kPieces = kChannels / kVector;  // loads of a pixel
+  static constexpr int kGroups = (kPieces + 7) / 8;    // of eight loads
+  static constexpr int kAhead = kGroups == 2 ? 3 : 4;  // rows in flight; four would spill
   static constexpr int kBandBits = kGroups == 1 ? 3 : kGroups == 2 ? 2 : 1;  // one warp a part
-  static constexpr int kPitch = kChannels + 4;            // of an axis vector, in floats
+  static constexpr int kPitch = kChannels + 4;  // of an axis vector, in floats
   int block_bits, band_bits;  // the map in 2^bits parts, whose sums are apart: of columns, of rows
   int first_column, vectors;  // axis vectors: of rows, of columns from `first_column` on
   int score_pitch;            // in floats
@@ -308,8 +308,7 @@ __device__ void attend(const float* vectors, float* scores, T* row_out, T* colum
 #pragma unroll
       for (int n = 0; n < Q; ++n) {
 #pragma unroll
-        for (int step = 1; step < 8; step *= 2)
-          total[n] += __shfl_xor_sync(~0u, total[n], step);
+        for (int step = 1; step < 8; step *= 2) total[n] += __shfl_xor_sync(~0u, total[n], step);
         if (key == 0) mine[n][score_pitch - 1] = __fdividef(1.0f, total[n]);
       }
     }
@@ -350,10 +349,10 @@ __device__ void attend(const float* vectors, float* scores, T* row_out, T* colum
         const int i = first + group + 4 * n;
         if (i < N) {
           const float inverse = p[4 * n * score_pitch + score_pitch - 1];
-          const auto low = Pair<T>::narrow(clamped(sum[n].x * inverse, most),
-                                           clamped(sum[n].y * inverse, most));
-          const auto high = Pair<T>::narrow(clamped(sum[n].z * inverse, most),
-                                            clamped(sum[n].w * inverse, most));
+          const auto low =
+              Pair<T>::narrow(clamped(sum[n].x * inverse, most), clamped(sum[n].y * inverse, most));
+          const auto high =
+              Pair<T>::narrow(clamped(sum[n].z * inverse, most), clamped(sum[n].w * inverse, most));
           uint2 both;
           both.x = reinterpret_cast<const uint32_t&>(low);
           both.y = reinterpret_cast<const uint32_t&>(high);
@@ -416,8 +415,8 @@ __device__ void axis(const T* map, const float* position, const T* encode_weight
   auto load_weight = [&](int task) {
     const int of = task / (E / 8), n = head * E + task % (E / 8) * 8 + lane / 4;
     const T* from = encode_weight + (of * values + n) * pitch + lane % 4 * 8;
-    bias = __ldg(reinterpret_cast<const float2*>(encode_bias + of * values + n - lane / 4 +
-                                                 lane % 4 * 2));
+    bias = __ldg(
+        reinterpret_cast<const float2*>(encode_bias + of * values + n - lane / 4 + lane % 4 * 2));
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       uint4 x = make_uint4(0, 0, 0, 0);
@@ -468,8 +467,8 @@ __device__ void axis(const T* map, const float* position, const T* encode_weight
       for (int part = 0; part < 2; ++part) {
         const int i = m + 8 * part;
         if (i < length) {
-          const float first = (sums[0][2 * part] + sums[1][2 * part]) +
-                              (sums[2][2 * part] + sums[3][2 * part]);
+          const float first =
+              (sums[0][2 * part] + sums[1][2 * part]) + (sums[2][2 * part] + sums[3][2 * part]);
           const float second = (sums[0][2 * part + 1] + sums[1][2 * part + 1]) +
                                (sums[2][2 * part + 1] + sums[3][2 * part + 1]);
           *reinterpret_cast<typename Pair<T>::type*>(out + i * pitch) =

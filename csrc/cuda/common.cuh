@@ -14,14 +14,22 @@ struct Pair;
 template <>
 struct Pair<__half> {
   using type = __half2;
-  static __device__ float2 wide(__half2 x) { return __half22float2(x); }
-  static __device__ __half2 narrow(float x, float y) { return __floats2half2_rn(x, y); }
+  static __device__ float2 wide(__half2 x) {
+    return __half22float2(x);
+  }
+  static __device__ __half2 narrow(float x, float y) {
+    return __floats2half2_rn(x, y);
+  }
 };
 template <>
 struct Pair<__nv_bfloat16> {
   using type = __nv_bfloat162;
-  static __device__ float2 wide(__nv_bfloat162 x) { return __bfloat1622float2(x); }
-  static __device__ __nv_bfloat162 narrow(float x, float y) { return __floats2bfloat162_rn(x, y); }
+  static __device__ float2 wide(__nv_bfloat162 x) {
+    return __bfloat1622float2(x);
+  }
+  static __device__ __nv_bfloat162 narrow(float x, float y) {
+    return __floats2bfloat162_rn(x, y);
+  }
 };
 
 // min(max(x, 0), most). NaN goes through, as in PyTorch.
@@ -39,8 +47,8 @@ __device__ inline uint32_t shared_address(const void* p) {
 
 // 16 bytes to shared memory; zeros where not `inside`.
 __device__ inline void copy_async(void* to, const void* from, bool inside = true) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
-               "l"(from), "r"(inside ? 16 : 0)
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
+               "r"(inside ? 16 : 0)
                : "memory");
 }
 __device__ inline void copies_done() {
@@ -96,7 +104,9 @@ __device__ inline void store_in(int block, const void* mine, float x) {
 // Compiled and never launched: what needs a cluster is for 9.0 and later.
 __device__ inline void wait_for_previous_kernel() {}
 __device__ inline void let_next_kernel_start() {}
-__device__ inline void cluster_arrive() { __trap(); }
+__device__ inline void cluster_arrive() {
+  __trap();
+}
 __device__ inline void cluster_wait() {}
 __device__ inline void store_in(int, const void*, float) {}
 #endif

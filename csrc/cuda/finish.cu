@@ -27,8 +27,8 @@ namespace seaattn {
 
 constexpr int kWorkers = 256;  // threads that compute; a warpgroup that loads comes after them
 constexpr int kThreads = kWorkers + 128;
-constexpr int kWidth = 8;      // pixels of a tile along W
-constexpr int kPitch = 16;     // rows of shared memory between the rows of a tile with halo
+constexpr int kWidth = 8;   // pixels of a tile along W
+constexpr int kPitch = 16;  // rows of shared memory between the rows of a tile with halo
 
 struct Sizes {
   int h, w, c, projected, values;
@@ -129,19 +129,23 @@ __device__ void depthwise(char* to, const char* map, const char* weights, int ro
 // act(v + e_row + e_column) of the same pixels, of 64 channels from `n` of v on. Pixels outside of
 // the image get what lies at its border: nobody reads their results.
 template <typename T, int WALKS>
-__device__ void add_axes(char* to, const char* map, const T* rows, const T* columns, int y0,
-                         int x0, int n, int pitch, int row, int column, const Sizes& s) {
+__device__ void add_axes(char* to, const char* map, const T* axis, int y0, int x0, int n, int row,
+                         int column, const Sizes& s) {
   using P = Pair<T>;
   using Two = typename P::type;
   const int lane = afresh(threadIdx.x) % 32, piece = lane / 4, inner = lane % 4 * 4;
   n += 2 * lane;
   const bool inside = n < s.values;
   if (!inside) n = 0;
+  const long long image = afresh(blockIdx.x);
+  const int pitch = (s.values + 15) / 16 * 16;
+  const T* rows = axis + image * s.h * pitch;
+  const T* columns = axis + (s.image_rows + image * s.w) * pitch;
   Two e_row[8], e_column[WALKS];
 #pragma unroll
   for (int y = 0; y < 8; ++y)
-    e_row[y] = *reinterpret_cast<const Two*>(
-        rows + (long long)min(y0 + row + y, s.h - 1) * pitch + n);
+    e_row[y] =
+        *reinterpret_cast<const Two*>(rows + (long long)min(y0 + row + y, s.h - 1) * pitch + n);
 #pragma unroll
   for (int i = 0; i < WALKS; ++i)
     e_column[i] = *reinterpret_cast<const Two*>(
@@ -149,8 +153,8 @@ __device__ void add_axes(char* to, const char* map, const T* rows, const T* colu
 #pragma unroll
   for (int i = 0; i < WALKS; ++i) {
     const float2 e = P::wide(e_column[i]);
-    const char* from =
-        map + ((row + 1) * kPitch + column + i + 1) * kRow + swizzled(piece, column + i + 1) + inner;
+    const char* from = map + ((row + 1) * kPitch + column + i + 1) * kRow +
+                       swizzled(piece, column + i + 1) + inner;
     char* at = to + (row * kWidth + column + i) * kRow + swizzled(piece, column + i) + inner;
 #pragma unroll
     for (int y = 0; y < 8; ++y) {
@@ -235,7 +239,8 @@ __device__ void finish(const T* map, const T* axis, const T* weight, const float
     for (int j = 0; j < jobs; ++j) {
       const int stage = j % L::kStages, before = j / L::kStages - 1;
       const int job = j < gates ? first_gate + j : all_gates + first_chunk + j - gates;
-      const int n = (j < gates ? s.projected - s.values + 64 * job : 64 * (job - all_gates)) + piece * 8;
+      const int n =
+          (j < gates ? s.projected - s.values + 64 * job : 64 * (job - all_gates)) + piece * 8;
       if (before >= 0) wait(weight_free + stage, before & 1);
       copy_whole(weights + stage * L::kWeight,
                  reinterpret_cast<const char*>(weight) + ((long long)job * all_columns + c0) * kRow,
@@ -267,9 +272,6 @@ __device__ void finish(const T* map, const T* axis, const T* weight, const float
     biases[i] = c < s.c ? (i < N ? proj_bias : pw_bias)[c] : 0;
   }
   const int group = warp / 4;
-  const int axis_pitch = (s.values + 15) / 16 * 16;
-  const T* rows = axis + image * s.h * axis_pitch;
-  const T* columns = axis + (s.image_rows + image * s.w) * axis_pitch;
   // The pixels whose operand this warp makes.
   const int walk_row = L::kTiles == 2 ? group * 8 : 0;
   const int walk_column = L::kTiles == 2 ? warp % 4 * 2 : warp;
@@ -334,8 +336,8 @@ __device__ void finish(const T* map, const T* axis, const T* weight, const float
     char* to = operands + (j & 1) * L::kOperand;
     const char* from = maps + stage * L::kMap;
     if (j < gates)
-      add_axes<T, L::kWalks>(to, from, rows, columns, y0, x0, 64 * (first_gate + j), axis_pitch,
-                             walk_row, walk_column, s);
+      add_axes<T, L::kWalks>(to, from, axis, y0, x0, 64 * (first_gate + j), walk_row, walk_column,
+                             s);
     else
       depthwise<T, L::kWalks>(to, from, taps + stage * L::kDepthwise, walk_row, walk_column,
                               s.most);
@@ -382,8 +384,8 @@ __device__ void finish(const T* map, const T* axis, const T* weight, const float
       float sums[2][4] = {};
 #pragma unroll
       for (int k = 0; k < 2 * PARTS; ++k) {
-        const float4 z = *reinterpret_cast<const float4*>(
-            shared + L::kAtSums + k * L::kSums + (mine * L::kColumnSums + r) * 4);
+        const float4 z = *reinterpret_cast<const float4*>(shared + L::kAtSums + k * L::kSums +
+                                                          (mine * L::kColumnSums + r) * 4);
         sums[k % 2][0] += z.x, sums[k % 2][1] += z.y;
         sums[k % 2][2] += z.z, sums[k % 2][3] += z.w;
       }
@@ -416,8 +418,8 @@ __device__ void finish(const T* map, const T* axis, const T* weight, const float
         const int c = i * L::kWide + k / 2 * 8;
         const float2 weight = __half22float2(gate[i][k]);
         const float2 b = *reinterpret_cast<const float2*>(bias + c);
-        const Two result = P::narrow(weight.x * (acc[i][2 * k] + b.x),
-                                     weight.y * (acc[i][2 * k + 1] + b.y));
+        const Two result =
+            P::narrow(weight.x * (acc[i][2 * k] + b.x), weight.y * (acc[i][2 * k + 1] + b.y));
         T* to = at + k % 2 * 8 * pixel_step + c * channel_step;
         to[0] = result.x;
         to[channel_step] = result.y;

@@ -12,7 +12,9 @@ constexpr int kChannels = 64;  // of a row
 constexpr int kRow = 128;      // bytes
 
 // Where piece `piece` of a row lies; `key` is the row, or what takes its place modulo 8.
-__device__ inline int swizzled(int piece, int key) { return (piece ^ (key & 7)) << 4; }
+__device__ inline int swizzled(int piece, int key) {
+  return (piece ^ (key & 7)) << 4;
+}
 
 // What this thread wrote to shared memory is seen by the matrix units after the next barrier.
 __device__ inline void publish() {
@@ -63,10 +65,10 @@ __device__ inline void copy_whole(void* to, const void* from, int bytes, Barrier
   const int thread = threadIdx.x % 128;
 #if __CUDA_ARCH__ >= 900
   if (thread == 0) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
-                     shared_address(bar)),
-                 "r"(bytes)
-                 : "memory");
+    asm volatile(
+        "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(bar)),
+        "r"(bytes)
+        : "memory");
     asm volatile(
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
             "r"(shared_address(to)),
@@ -96,7 +98,9 @@ __device__ inline uint64_t descriptor(uint32_t address) {
   return ((address & 0x3FFFF) >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62);
 }
 
-__device__ inline void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ inline void products_begin() {
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
 __device__ inline void products_end() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }

@@ -1,7 +1,7 @@
-// The block of backend "triton" on CUDA tensors: repeats launches that Python recorded.
+// The block of backends "triton" and "cuda" on CUDA tensors: repeats launches that Python recorded.
 //
-// The first call of a kind runs in Python and brings back a plan: the handles of the kernels that
-// Triton compiled, and their arguments (kernels/launch.py). A call like it allocates the result and
+// The first call of a kind runs in Python and brings back a plan: the handles of the kernels, and
+// their arguments (kernels/launch.py). A call like it allocates the result and
 // the workspace, and launches. The driver is the one that the process has loaded: nothing of CUDA
 // is needed to build this.
 
@@ -75,7 +75,8 @@ struct Parameter {
 
 struct Launch {
   void* function;
-  unsigned programs, threads, shared_bytes;
+  std::array<unsigned, 3> grid;
+  unsigned threads, shared_bytes;
   std::vector<Parameter> parameters;
 };
 
@@ -93,7 +94,7 @@ std::shared_ptr<const Plan> read_plan(const std::vector<int64_t>& numbers, int64
   while (at < numbers.size()) {
     Launch& launch = plan->launches.emplace_back();
     launch.function = reinterpret_cast<void*>(next());
-    launch.programs = static_cast<unsigned>(next());
+    for (unsigned& size : launch.grid) size = static_cast<unsigned>(next());
     launch.threads = static_cast<unsigned>(next());
     launch.shared_bytes = static_cast<unsigned>(next());
     launch.parameters.resize(next());
@@ -118,13 +119,14 @@ void replay(const Plan& plan, const Driver& driver, at::ArrayRef<char*> tensors,
       values[i] = tensor < 0 ? value : reinterpret_cast<int64_t>(tensors[tensor] + value);
       addresses[i] = &values[i];
     }
-    const int code = driver.launch(launch.function, launch.programs, 1, 1, launch.threads, 1, 1,
+    const auto [x, y, z] = launch.grid;
+    const int code = driver.launch(launch.function, x, y, z, launch.threads, 1, 1,
                                    launch.shared_bytes, stream, addresses.data(), nullptr);
     if (code != 0) {
       const char* name = nullptr;
       driver.error_name(code, &name);
       TORCH_CHECK(false, "sea_attention: launch ", &launch - plan.launches.data() + 1, " of ",
-                  plan.launches.size(), " (", launch.programs, " programs of ", launch.threads,
+                  plan.launches.size(), " (", x, " x ", y, " x ", z, " blocks of ", launch.threads,
                   " threads, ", launch.shared_bytes,
                   " bytes of shared memory) failed: ", name ? name : "unknown error", " (", code,
                   ")");
@@ -199,14 +201,14 @@ at::Tensor even(const at::Tensor& x) {
   return is ? x : x.contiguous();
 }
 
-at::Tensor sea_attention(const at::Tensor& input, at::TensorList weights, int64_t heads,
-                         int64_t key_dim, int64_t activation, double negative_slope, bool hard) {
-  static Plans plans;
+at::Tensor sea_attention(const char* backend, Plans& plans, const at::Tensor& input,
+                         at::TensorList weights, int64_t heads, int64_t key_dim,
+                         int64_t activation, double negative_slope, bool hard) {
   const c10::DeviceGuard guard(input.device());
   const at::Tensor x = even(input);
   const auto in_python = [&] {
     return c10::Dispatcher::singleton()
-        .findSchemaOrThrow("seaattn_kernels::sea_attention_plan", "triton")
+        .findSchemaOrThrow("seaattn_kernels::sea_attention_plan", backend)
         .typed<Planner>()
         .call(x, weights, heads, key_dim, activation, negative_slope, hard);
   };
@@ -246,15 +248,30 @@ at::Tensor sea_attention(const at::Tensor& input, at::TensorList weights, int64_
   return out;
 }
 
+at::Tensor by_triton(const at::Tensor& x, at::TensorList weights, int64_t heads, int64_t key_dim,
+                     int64_t activation, double negative_slope, bool hard) {
+  static Plans plans;
+  return sea_attention("triton", plans, x, weights, heads, key_dim, activation, negative_slope,
+                       hard);
+}
+
+at::Tensor by_cuda(const at::Tensor& x, at::TensorList weights, int64_t heads, int64_t key_dim,
+                   int64_t activation, double negative_slope, bool hard) {
+  static Plans plans;
+  return sea_attention("cuda", plans, x, weights, heads, key_dim, activation, negative_slope,
+                       hard);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(seaattn_kernels, CUDA, library) {
-  library.impl("sea_attention.triton", sea_attention);
+  library.impl("sea_attention.triton", by_triton);
+  library.impl("sea_attention.cuda", by_cuda);
 }
 
 // Without a GPU, under a stand-in for the driver: tests/test_launcher.py brings the schema.
 TORCH_LIBRARY_IMPL(seaattn_kernels, CPU, library) {
-  library.impl("sea_attention.launched", sea_attention);
+  library.impl("sea_attention.launched", by_triton);
 }
 
 }  // namespace seaattn

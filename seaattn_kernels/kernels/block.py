@@ -46,7 +46,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from seaattn_kernels.kernels import squeeze
+from seaattn_kernels.kernels import cuda, squeeze
 from seaattn_kernels.kernels.axial_attention import online, owned, scores
 from seaattn_kernels.kernels.broadcast_add import activate
 from seaattn_kernels.kernels.gate import sigmoid
@@ -355,6 +355,8 @@ def finish_kernel(
 #: Longest axis on which attend averages the map itself, and what is read twice in the 2 us of a
 #: launch at 4 TB/s.
 _DIRECT_AXIS, _DIRECT_BYTES = 32, 4 << 20
+#: Longest axis that a cluster of thread blocks takes whole, :func:`cuda.axis`.
+_CLUSTERED_AXIS = 32
 #: Of memory and of three TF32 products, on a GPU for servers, by the microsecond; and what a longer
 #: chain of steps costs attend.
 _BYTES, _FLOP, _CHAIN_US = 4e6, 1.5e8, 3.0
@@ -469,16 +471,24 @@ def _pixel_stride(x: Tensor) -> int:
 
 def sea_attention(
     x: Tensor, weights: list[Tensor], heads: int, key_dim: int, activation: int,
-    negative_slope: float, hard: bool, squeeze_first: bool, out: Tensor,
+    negative_slope: float, hard: bool, squeeze_first: bool, out: Tensor, chunked: bool = False,
 ) -> Tensor:  # fmt: skip
     """The block of ``x`` into ``out``: ``(B, C, H, W)`` both, the pixels of an image evenly spaced.
 
-    ``weights``: the fields of ``fold.PackedWeights``.
+    ``weights``: the fields of ``fold.PackedWeights``; where ``chunked`` those of
+    ``fold.ChunkedWeights``, for the kernels of :mod:`cuda`.
     """
-    (
-        qkv_weight, qkv_bias, dw_weight, dw_bias, pw_weight, pw_bias, encode_weight, encode_bias,
-        proj_weight, proj_bias, axis_weight, position,
-    ) = weights  # fmt: skip
+    if chunked:
+        (
+            qkv_weight, qkv_bias, chunks, depthwise, pw_bias, encode_weight, encode_bias,
+            proj_bias, position,
+        ) = weights  # fmt: skip
+        axis_weight = qkv_weight  # not read: means of x are not projected
+    else:
+        (
+            qkv_weight, qkv_bias, dw_weight, dw_bias, pw_weight, pw_bias, encode_weight,
+            encode_bias, proj_weight, proj_bias, axis_weight, position,
+        ) = weights  # fmt: skip
     b, c, h, w = x.shape
     pixels, rows, columns = b * h * w, b * h, b * w
     projected = qkv_weight.shape[0]
@@ -486,7 +496,12 @@ def sea_attention(
     value_dim = values // heads
     # Eager makes the products of maps by convolutions.
     of_maps, of_axes = precision(x, torch.backends.cudnn.conv), fine_precision(x)
-    way = plan(b, c, h, w, projected, x.dtype, squeeze_first)
+    if not chunked:
+        way = plan(b, c, h, w, projected, x.dtype, squeeze_first)
+    elif max(h, w) <= _CLUSTERED_AXIS and cuda.has_axis(heads, key_dim, value_dim):
+        way = "clustered"
+    else:
+        way = "squeezed"
 
     def tile_of(choices: tuple[tuple[int, ...], ...], m: int, n: int) -> ProductTile:
         return product_tile(choices, m, n, multiprocessors(x.device), x.dtype, of_maps)
@@ -524,6 +539,11 @@ def sea_attention(
         )  # fmt: skip
 
     def finish(qkv: Tensor, encoded: Tensor) -> None:
+        if chunked:
+            cuda.finish(
+                qkv, encoded, chunks, depthwise, pw_bias, proj_bias, values, activation, hard, out
+            )
+            return
         block = tile_of(_FINISH, pixels, c)
         launch(
             finish_kernel, block.programs(pixels, c),
@@ -534,7 +554,14 @@ def sea_attention(
         )  # fmt: skip
 
     map_size, axis_size = pixels * projected, (rows + columns) * pitch
-    if way == "direct":
+    if way == "clustered":
+        qkv, attended, encoded = carve(x, map_size, axis_size, axis_size)
+        project(qkv)
+        cuda.axis(
+            qkv, (b, h, w), position, encode_weight, encode_bias, heads, key_dim, activation,
+            attended, encoded,
+        )  # fmt: skip
+    elif way == "direct":
         qkv, attended, encoded = carve(x, map_size, axis_size, axis_size)
         project(qkv)
         attend(qkv, qkv, attended, 1, 1)

@@ -107,7 +107,14 @@ def depthwise_backward_kernel(
     y_ptr += c * y_c + first.to(tl.int64) * y_h + w * y_w
     out_ptr += c * out_c + (first.to(tl.int64) - 2) * out_h + w * out_w
     d00 = tl.zeros([BLOCK_C, BLOCK_W], tl.float32)
-    d01, d02, d10, d11, d12, d20, d21, d22 = d00, d00, d00, d00, d00, d00, d00, d00
+    d01 = tl.zeros([BLOCK_C, BLOCK_W], tl.float32)
+    d02 = tl.zeros([BLOCK_C, BLOCK_W], tl.float32)
+    d10 = tl.zeros([BLOCK_C, BLOCK_W], tl.float32)
+    d11 = tl.zeros([BLOCK_C, BLOCK_W], tl.float32)
+    d12 = tl.zeros([BLOCK_C, BLOCK_W], tl.float32)
+    d20 = tl.zeros([BLOCK_C, BLOCK_W], tl.float32)
+    d21 = tl.zeros([BLOCK_C, BLOCK_W], tl.float32)
+    d22 = tl.zeros([BLOCK_C, BLOCK_W], tl.float32)
     b = group
     for _ in range(group.to(tl.int32), B, groups):
         gradient_at, y_at, out_at = (
@@ -115,8 +122,12 @@ def depthwise_backward_kernel(
         )  # fmt: skip
         # Of g the rows in the map, of n(y) those of the band: each pixel of it is taken once.
         h = first - 1
+        # Each of its own: Triton takes `above = here` in a loop for no change where both began as
+        # one value, and leaves `above` what it was.
         above = tl.zeros([BLOCK_C, BLOCK_W], tl.float32)
-        here, upper, lower = above, above, above
+        here = tl.zeros([BLOCK_C, BLOCK_W], tl.float32)
+        upper = tl.zeros([BLOCK_C, BLOCK_W], tl.float32)
+        lower = tl.zeros([BLOCK_C, BLOCK_W], tl.float32)
         for _ in range(first - 1, last + 1):
             g_in = c_in & (h >= 0) & (h < H)
             left = load(gradient_at - gradient_w, g_in & (w > 0) & (w <= W))

@@ -6,6 +6,8 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from itertools import zip_longest
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,22 +35,37 @@ def launch(kernel, programs: int, *arguments, **constants) -> None:
             compiled = kernel[(programs,)](*arguments, **constants, **_OPTIONS)
     else:
         compiled = kernel[(programs,)](*arguments, **constants, **_OPTIONS)
-    launches = getattr(_thread, "launches", None)
-    if launches is not None:
-        launches.append((compiled, programs, arguments))
+    if getattr(_thread, "launches", None) is not None:
+        note(_handle(compiled, len(arguments)), (programs, 1, 1), arguments)
 
 
 # --- launches that csrc/triton repeats -------------------------------------------------------
 
 
+class Handle(NamedTuple):
+    """A kernel as the driver launches it. ``kinds``: of its parameters, as Triton names them."""
+
+    function: int
+    threads: int
+    shared: int  # bytes of shared memory
+    kinds: tuple[str, ...]
+
+
 @contextmanager
 def recording() -> Iterator[list[tuple]]:
-    """Note the launches of this thread: what Triton compiled, how many programs, arguments."""
+    """Note the launches of this thread: kernel (None: of no use alone), grid, arguments."""
     _thread.launches = launches = []
     try:
         yield launches
     finally:
         _thread.launches = None
+
+
+def note(handle: Handle | None, grid: tuple[int, int, int], arguments: Sequence) -> None:
+    """Add a launch to those that this thread records, if it does."""
+    launches = getattr(_thread, "launches", None)
+    if launches is not None:
+        launches.append((handle, grid, arguments))
 
 
 #: What a kernel may need of a launch beside programs, threads, shared memory and arguments.
@@ -59,23 +76,22 @@ def plan(launches: Sequence[tuple], tensors: Sequence[Tensor]) -> list[int]:
     """The recorded launches as numbers, which csrc/triton repeats with other tensors.
 
     First the bytes of the workspace, the one allocation that is none of ``tensors``. Then of each
-    launch: the handle of the kernel, programs, threads, bytes of shared memory, the number of
-    parameters, and two numbers for each of these. They are the place of a tensor, after all of
-    them the workspace's, and bytes from its begin; or -1 and a number as the kernel takes it.
+    launch: the handle of the kernel, the three sizes of its grid, threads, bytes of shared memory,
+    the number of parameters, and two numbers for each of these. They are the place of a tensor,
+    after all of them the workspace's, and bytes from its begin; or -1 and a number as the kernel
+    takes it.
 
     Empty where the launches cannot be repeated from that.
     """
     places = {id(tensor): place for place, tensor in enumerate(tensors)}
     workspaces = {}
     numbers = []
-    for compiled, programs, arguments in launches:
-        if compiled is None or compiled.metadata.num_ctas != 1:
-            return []
-        if any(getattr(compiled.metadata, need, True) for need in _NEEDS):
+    for handle, grid, arguments in launches:
+        if handle is None:
             return []
         parameters = []
-        # The signature goes on with the constants.
-        for argument, kind in zip(arguments, compiled.src.signature.values(), strict=False):
+        # Triton passes null for what is no argument: two scratches, which no such kernel needs.
+        for argument, kind in zip_longest(arguments, handle.kinds, fillvalue=0):
             if kind == "constexpr":  # the number 1, which is compiled in
                 continue
             if not isinstance(argument, Tensor):
@@ -86,13 +102,27 @@ def plan(launches: Sequence[tuple], tensors: Sequence[Tensor]) -> list[int]:
                 storage = argument.untyped_storage()
                 workspaces[storage.data_ptr()] = storage.nbytes()
                 parameters.append((len(tensors), argument.data_ptr() - storage.data_ptr()))
-        parameters += [(-1, 0)] * 2  # Triton's two scratches, which no such kernel needs
-        if len(parameters) != _parameters(compiled) or (-1, None) in parameters:
+        if (-1, None) in parameters:
             return []
-        metadata = compiled.metadata
-        numbers += [compiled.function, programs, 32 * metadata.num_warps, metadata.shared]
+        numbers += [handle.function, *grid, handle.threads, handle.shared]
         numbers += [len(parameters), *(number for pair in parameters for number in pair)]
     return [*workspaces.values(), *numbers] if len(workspaces) == 1 else []
+
+
+def _handle(compiled, count: int) -> Handle | None:
+    """Of what Triton compiled for so many arguments; None where a launch needs more than these."""
+    if compiled is None or compiled.metadata.num_ctas != 1:
+        return None
+    metadata = compiled.metadata
+    if any(getattr(metadata, need, True) for need in _NEEDS):
+        return None
+    kinds = list(compiled.src.signature.values())[:count]  # it goes on with the constants
+    passed = sum(kind != "constexpr" for kind in kinds) + 2
+    if passed != _parameters(compiled):
+        return None
+    return Handle(
+        compiled.function, 32 * metadata.num_warps, metadata.shared, (*kinds, "i64", "i64")
+    )
 
 
 def _bits(number: float, kind: str) -> int | None:
