@@ -355,8 +355,6 @@ def finish_kernel(
 #: Longest axis on which attend averages the map itself, and what is read twice in the 2 us of a
 #: launch at 4 TB/s.
 _DIRECT_AXIS, _DIRECT_BYTES = 32, 4 << 20
-#: Longest axis that a cluster of thread blocks takes whole, :func:`cuda.axis`.
-_CLUSTERED_AXIS = 32
 #: Of memory and of three TF32 products, on a GPU for servers, by the microsecond; and what a longer
 #: chain of steps costs attend.
 _BYTES, _FLOP, _CHAIN_US = 4e6, 1.5e8, 3.0
@@ -498,7 +496,7 @@ def sea_attention(
     of_maps, of_axes = precision(x, torch.backends.cudnn.conv), fine_precision(x)
     if not chunked:
         way = plan(b, c, h, w, projected, x.dtype, squeeze_first)
-    elif max(h, w) <= _CLUSTERED_AXIS and cuda.has_axis(heads, key_dim, value_dim):
+    elif max(h, w) <= cuda.LONGEST_AXIS and cuda.has_axis(heads, key_dim, value_dim):
         way = "clustered"
     else:
         way = "squeezed"
