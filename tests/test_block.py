@@ -117,28 +117,36 @@ def test_golden_block_keeps_the_budget(name, dtype):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("name", MODELS)
-def test_golden_model_keeps_the_budget(name, dtype, monkeypatch):
-    """The classifier and the segmenter: logits, and the outputs of the stages."""
+def test_golden_model_keeps_the_budget(name, dtype):
+    """The classifier and the segmenter: logits, and the outputs of the stages.
+
+    A single map says little of a ratio: on a GPU as many are pooled as the budget asks for.
+    """
     golden = GOLDEN[name]
-    x = golden.random("x").to(DEVICE, dtype)
-    found = {}
-    for backend in ("triton", "eager"):
-        model = golden.model("triton").to(DEVICE, dtype).eval()
-        if backend == "eager":
-            for module in model.modules():
-                if isinstance(module, SeaAttention):
-                    module.forward = lambda x, module=module: reference.sea_attention(module, x)
-        with torch.no_grad():
-            found[backend] = verify.stage_outputs(model, x)
-    names = [name for name in golden.arrays if name in found["triton"]]
-    assert "logits" in names
-    scale = {name: float(golden.arrays[name].abs().max()) for name in names}
-    ours, eager, truth = (
-        [table[name].cpu().double() / scale[name] for name in names]
-        for table in (found["triton"], found["eager"], golden.arrays)
-    )
-    verdict = budget.judge(ours, eager, truth, dtype)
+    pooled = [], [], []
+    for seed in budget.SEEDS if DEVICE == "cuda" else (0,):
+        x = golden.random("x" if seed == 0 else f"x{seed}")
+        truth = golden.arrays if seed == 0 else outputs(golden, x, torch.float64, "eager")
+        ours, eager = (outputs(golden, x, dtype, backend) for backend in ("triton", "eager"))
+        names = [name for name in golden.arrays if name in ours]
+        assert "logits" in names
+        for name in names:
+            scale = float(golden.arrays[name].abs().max())
+            for pool, table in zip(pooled, (ours, eager, truth), strict=True):
+                pool.append(table[name].cpu().double() / scale)
+    verdict = budget.judge(*pooled, dtype)
     assert verdict.ok, verdict
+
+
+def outputs(golden, x, dtype, backend):
+    """Of a whole model; "eager" has upstream's forward of the block."""
+    model = golden.model("triton").to(DEVICE, dtype).eval()
+    if backend == "eager":
+        for module in model.modules():
+            if isinstance(module, SeaAttention):
+                module.forward = lambda x, module=module: reference.sea_attention(module, x)
+    with torch.no_grad():
+        return verify.stage_outputs(model, x.to(DEVICE, dtype))
 
 
 # --- any size, layout, width -----------------------------------------------------------------
