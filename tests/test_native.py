@@ -141,8 +141,12 @@ def test_cuda_cannot_be_asked_for_without_nvcc(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 def test_kernels_are_compiled_one_file_each(tmp_path):
-    code = "import sys; sys.argv = ['setup.py', '--version']; import setup; from pathlib import Path; "
-    code += f"setup.compile_cuda(['90a'], Path({str(tmp_path)!r}))"
+    code = (
+        "import sys; sys.argv = ['setup.py', '--version']\n"
+        "from pathlib import Path\n"
+        "import setup\n"
+        f"setup.compile_cuda(['90a'], Path({str(tmp_path)!r}))\n"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True)
     sources = {path.stem for path in (ROOT / "csrc/cuda").glob("*.cu")}
     assert {path.name for path in tmp_path.iterdir()} == {f"{name}.fatbin" for name in sources}
