@@ -203,9 +203,10 @@ class FoldedWeights:
     def device(self) -> torch.device:
         return self.convolutions[0].device
 
-    @property
-    def cuda_obstacle(self) -> str | None:
-        """See :func:`cuda_obstacle`."""
+    def cuda_obstacle(self, height: int, width: int) -> str | None:
+        """Of a map of this size, see :func:`cuda_obstacle`."""
+        if -(-height // 8) * -(-width // 8) > MOST_TILES:
+            return f"backend 'cuda' takes maps of up to {MOST_TILES} tiles of 8x8"
         activation = reference.ACTIVATIONS[self.activation_code]
         return cuda_obstacle(activation, self.heads, self.key_dim, self.value_dim)
 
@@ -378,6 +379,10 @@ def obstacle(anatomy: Anatomy) -> str | None:
     if anatomy.scale != anatomy.key_dim**-0.5:
         return f"scale is {anatomy.scale}"
     return None
+
+
+#: Of a map; the size of a grid along its second axis.
+MOST_TILES = 65535
 
 
 def cuda_obstacle(activation: str, heads: int, key_dim: int, value_dim: int) -> str | None:

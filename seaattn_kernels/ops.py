@@ -542,7 +542,8 @@ def sea_attention(x: Tensor, folded, backend: str = "auto") -> Tensor:
     if backend == _AUTO == "auto" and _folded_is_faster(x, folded):
         backend = "reference"
     head = folded.key_dim, folded.value_dim
-    overload, backend = _select("sea_attention", backend, x, head, folded.cuda_obstacle)
+    obstacle = folded.cuda_obstacle(*x.shape[2:]) if x.device.type == "cuda" else None
+    overload, backend = _select("sea_attention", backend, x, head, obstacle)
     arguments = (
         folded.weights(x.dtype, x.shape[2], x.shape[3], backend),
         folded.heads,

@@ -1,6 +1,7 @@
 """The kernels of csrc/cuda: what can be said of them anywhere, and what a GPU of 9.0 shows."""
 
 import copy
+import dataclasses
 import shutil
 import subprocess
 from pathlib import Path
@@ -62,6 +63,12 @@ def test_what_a_block_may_not_have():
     assert "not silu" in fold.cuda_obstacle("silu", 8, 16, 32)
     assert "multiple of 8" in fold.cuda_obstacle("relu", 1, 2, 16)
     assert "got 16 and 24" in fold.cuda_obstacle("relu", 1, 16, 24)
+    with torch.no_grad():
+        module = verify.randomise(SeaAttention(16, 16, 1)).eval()
+        folded = module._folds.get(module)
+    assert folded.cuda_obstacle(2048, 2040) is None
+    assert "65535 tiles" in folded.cuda_obstacle(2048, 2048)
+    assert "not silu" in dataclasses.replace(folded, activation_code=4).cuda_obstacle(8, 8)
 
 
 def test_refusals(monkeypatch):
