@@ -16,7 +16,7 @@ DOWNWARD = {
     "__main__": {"", "locate", "migrate", "native", "ops", "patch", "verify"},
     "locate": {"seaformer"},
     "migrate": {"anatomy", "layers", "module", "probe"},
-    "verify": {"budget", "ops", "reference", "seaformer", "module"},
+    "verify": {"budget", "fold", "ops", "reference", "seaformer", "module"},
     "seaformer": {"layers", "module"},
     "patch": {"anatomy", "checks", "fold", "module", "ops", "probe", "report"},
     "probe": {"anatomy", "budget", "fold", "module"},
