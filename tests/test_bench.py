@@ -22,7 +22,7 @@ from bench.cases import CASES, LARGE_SIDES, SWEEP_SIDES, Case
 from bench.eager import EagerSeaAttention, as_eager
 from bench.measure import PROVIDERS, available, measure, refusal
 from bench.works import OPERATORS, Block, Operator, block_of
-from seaattn_kernels import SeaAttention
+from seaattn_kernels import SeaAttention, native
 from seaattn_kernels.budget import SEEDS
 from seaattn_kernels.patch import Swapped
 
@@ -225,10 +225,15 @@ def _on(device, case=CASES["B1"], dtype=torch.float16, step=False):
 
 def test_a_provider_is_listed_only_where_it_runs(monkeypatch, library):
     wide = Case("wide", 8, 128, 1, stride=4)
+    monkeypatch.setattr(native, "CUDA_REASON", "not compiled")
     assert "GPU" in refusal("triton", _on(CPU))
+    assert "GPU" in refusal("cuda", _on(CPU))
+    assert refusal("cuda", _on(GPU)) == "not compiled"
     assert "GPU" in refusal("autotune", _on(CPU))
     assert "(128, 256)" in refusal("triton", _on(GPU, wide))
     for name in PROVIDERS:
+        if name == "cuda":
+            continue
         on_a_gpu = refusal(name, _on(GPU))
         assert ("CPU" in on_a_gpu) if name in measuring._NEED_A_CPU else on_a_gpu is None
         if name in peers.PACKAGES:
@@ -567,6 +572,7 @@ def test_the_command_on_a_gpu_asks_for_graphs_and_shows_them(tmp_path, monkeypat
     monkeypatch.setattr(run, "auto_backend", lambda *_: "triton")
     monkeypatch.setattr(measuring, "auto_backend", lambda *_: "triton")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "some GPU")
+    monkeypatch.setattr(native, "CUDA_REASON", "not compiled")
     measured = _Measured(monkeypatch)
     given = ("--no-chart", "--what", "block", "--modes", "forward", "--dtype", "float16")
     arguments = _arguments(tmp_path, *given)
