@@ -578,7 +578,7 @@ def test_the_command_on_a_gpu_asks_for_graphs_and_shows_them(tmp_path, monkeypat
     arguments = _arguments(tmp_path, *given)
     arguments.device = GPU
     assert run.run(arguments) == 0
-    wanted = ["reference", "triton", "auto", *peers.PACKAGES]
+    wanted = ["reference", "triton", "cuda", "auto", *peers.PACKAGES]
     assert [(a["height"], p, graphs) for a, p, graphs, _ in measured.asked] == [
         (16, ["eager", *wanted], True), (8, ["eager", *wanted], True),
     ]  # fmt: skip
