@@ -90,6 +90,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     learn.add_argument("--steps", type=positive_argument, help="default: 300, with --quick 6")
     learn.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    tiling = commands.add_parser(
+        "tiles", help="time the tiles of csrc/cuda on this GPU, and fit what their choice goes by"
+    )
+    tiling.add_argument(
+        "--seconds", type=float, default=0.5, help="of a map (default: %(default)s)"
+    )
+    tiling.add_argument("--write", action="store_true", help="into kernels/tile_costs.py")
     beside = commands.add_parser(
         "compare", help="two result files: ratios; non-zero where one is slower or errs more"
     )
@@ -260,6 +267,13 @@ def run_compare(arguments: argparse.Namespace) -> int:
     return int(not rows or any(row.slower(arguments.threshold) or row.worse for row in rows))
 
 
+def run_tiles(arguments: argparse.Namespace) -> int:
+    """Triton, which the kernels import, is imported by this command alone."""
+    from bench import tiles
+
+    return tiles.run(arguments)
+
+
 def draw(arguments: argparse.Namespace) -> int:
     document = results.read(arguments.results)
     for picture in plot(document, arguments.out or arguments.results.with_suffix(".png")):
@@ -275,6 +289,7 @@ _COMMANDS = {
     "saved": run_saved,
     "train": run_train,
     "static": static,
+    "tiles": run_tiles,
     "compare": run_compare,
     "plot": draw,
 }

@@ -95,7 +95,7 @@ def test_refusals(monkeypatch):
 
 
 def test_tiles_fit_into_shared_memory():
-    for tile in cuda._TILES:
+    for tile in cuda.TILES:
         assert tile.resident * (tile.shared + 1024) <= 228 * 1024
     longest = range(1, cuda.LONGEST_AXIS + 1)
     for head, all_heads in cuda._HEADS.items():
@@ -121,9 +121,9 @@ def test_small_maps_are_shared_by_clusters_and_large_ones_take_large_tiles():
 def test_shared_memory_is_that_of_the_sources(tmp_path):
     heads = [(d, e, h) for (d, e), counts in cuda._HEADS.items() for h in counts]
     sizes = [(1, 1), (7, 7), (16, 16), (17, 5), (32, 32), (33, 64), (64, 64)]
-    lines = [f"seaattn::Layout<{t.rows}, {t.columns}, {t.parts}>::kBytes" for t in cuda._TILES]
+    lines = [f"seaattn::Layout<{t.rows}, {t.columns}, {t.parts}>::kBytes" for t in cuda.TILES]
     found = _printed(tmp_path, "finish", lines)
-    assert found == [tile.shared for tile in cuda._TILES]
+    assert found == [tile.shared for tile in cuda.TILES]
     lines = [
         f"seaattn::Layout<{d}, {e}>({h}, {w}, {n}).bytes" for d, e, n in heads for h, w in sizes
     ]
@@ -174,7 +174,7 @@ def test_keeps_the_budget(shape, dtype):
 
 @pytest.mark.gpu
 @on_hopper
-@pytest.mark.parametrize("tile", cuda._TILES, ids=lambda tile: "-".join(map(str, tile[:3])))
+@pytest.mark.parametrize("tile", cuda.TILES, ids=lambda tile: "-".join(map(str, tile[:3])))
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("size", [(2, 16, 24), (1, 19, 13)], ids=str)
 def test_every_tile_writes_every_element_and_nothing_else(tile, channels_last, size, monkeypatch):

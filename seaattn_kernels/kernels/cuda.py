@@ -18,6 +18,7 @@ from torch import Tensor
 from triton.runtime import driver
 
 from seaattn_kernels.kernels.launch import Handle, cdiv, multiprocessors, note
+from seaattn_kernels.kernels.tile_costs import FIXED_US, JOB_US
 
 _BINARIES = Path(__file__).parent.parent / "cuda"
 _KIND = {torch.float16: "f16", torch.bfloat16: "bf16"}
@@ -126,14 +127,17 @@ def axis(
 class Tile(NamedTuple):
     """Rows of 8 pixels and columns that a thread block owns, and the blocks that share its jobs.
 
-    ``resident``: blocks that a multiprocessor holds; ``job_us``: microseconds of a job, on an H200.
+    ``resident``: blocks that a multiprocessor holds.
     """
 
     rows: int
     columns: int
     parts: int
     resident: int
-    job_us: float
+
+    def jobs(self, projected: int, values: int) -> int:
+        """Of a block: chunks of 64 channels."""
+        return cdiv(cdiv(projected, 64) + cdiv(values, 64), self.parts)
 
     def blocks(self, b: int, h: int, w: int, c: int) -> int:
         return b * cdiv(h, self.rows) * cdiv(w, 8) * cdiv(c, self.columns) * self.parts
@@ -147,13 +151,15 @@ class Tile(NamedTuple):
         return stages * stage + 256 * pixels + 8 * self.columns + 128 + sums + 1024
 
 
-_TILES = (
-    Tile(8, 64, 8, 2, 0.98), Tile(8, 64, 4, 2, 0.98), Tile(8, 64, 1, 2, 0.98),
-    Tile(8, 128, 1, 1, 1.08), Tile(8, 192, 1, 1, 1.16), Tile(8, 256, 1, 1, 1.31),
-    Tile(16, 128, 1, 1, 1.66), Tile(16, 192, 1, 1, 1.95),
+TILES = (
+    Tile(8, 64, 8, 2), Tile(8, 64, 4, 2), Tile(8, 64, 1, 2), Tile(8, 128, 1, 1),
+    Tile(8, 192, 1, 1), Tile(8, 256, 1, 1), Tile(16, 128, 1, 1), Tile(16, 192, 1, 1),
 )  # fmt: skip
-#: Of a tile, beside its jobs.
-_FIXED_US = 5.3
+
+
+def tiles(projected: int) -> list[Tile]:
+    """Those of which every part has a job of the whole map."""
+    return [tile for tile in TILES if cdiv(projected, 64) >= tile.parts]
 
 
 @lru_cache(1024)
@@ -163,14 +169,13 @@ def finish_tile(
     """The tile that is predicted to take the least time."""
 
     def microseconds(tile: Tile) -> float:
-        jobs = cdiv(cdiv(projected, 64) + cdiv(values, 64), tile.parts)
         blocks = tile.blocks(b, h, w, c)
         # Two on a multiprocessor take half as long again as one.
         waves = cdiv(blocks, tile.resident * processors)
         waves *= 1.5 if tile.resident > 1 and blocks > processors else 1
-        return waves * (_FIXED_US + jobs * tile.job_us)
+        return waves * (FIXED_US + tile.jobs(projected, values) * JOB_US[tile[:2]])
 
-    return min((t for t in _TILES if cdiv(projected, 64) >= t.parts), key=microseconds)
+    return min(tiles(projected), key=microseconds)
 
 
 def finish(
