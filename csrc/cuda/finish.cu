@@ -3,7 +3,7 @@
 //     out = sigma(Wproj act(v + e_row + e_column) + b) * (Wpw act(dw3x3(qkv) + b) + b)
 //
 // A thread block owns TH x 8 pixels and N channels of the result. Its jobs are the chunks of 64
-// channels of v, for the gate, and then those of qkv, for the detail. Of each job one warp brings
+// channels of v, for the gate, and then those of qkv, for the detail. Of each job a warpgroup brings
 // the map with a halo of one pixel and the weights to shared memory, a few jobs ahead; eight warps
 // make the activated operand, a lane two channels of one or two columns of pixels, while the matrix
 // units multiply that of the job before. Outside of the image the map is 0.
@@ -271,6 +271,7 @@ __device__ void finish(const T* map, const T* axis, const T* weight, const float
     const int c = c0 + i % N;
     biases[i] = c < s.c ? (i < N ? proj_bias : pw_bias)[c] : 0;
   }
+  if constexpr (L::kTiles == 2) meet(3, kWorkers);  // the warpgroups meet no more until the end
   const int group = warp / 4;
   // The pixels whose operand this warp makes.
   const int walk_row = L::kTiles == 2 ? group * 8 : 0;
