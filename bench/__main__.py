@@ -117,10 +117,13 @@ def _parser() -> argparse.ArgumentParser:
         "--readme", action="store_true", help="put the summary of the file into README too"
     )
     static = commands.add_parser(
-        "static", help="compile the Triton kernels for GPUs that need not be here"
+        "static", help="compile the Triton and CUDA kernels for GPUs that need not be here"
     )
     static.add_argument("--targets", nargs="+", metavar="TARGET", help="default: all")
-    static.add_argument("--kernels", nargs="+", metavar="KERNEL", help="default: all")
+    static.add_argument(
+        "--kernels", nargs="+", metavar="KERNEL",
+        help="of Triton, or sources of csrc/cuda: axis, finish; default: all",
+    )  # fmt: skip
     static.add_argument(
         "--all", action="store_true",
         help="every configuration on every target; default: on sm_80 and sm_90, one elsewhere",
@@ -226,20 +229,20 @@ def static(arguments: argparse.Namespace) -> int:
     """Print the table; non-zero where a kernel does not compile, spills or needs too much."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("TRITON_INTERPRET=1 interprets kernels: unset it to compile them")
-    from bench import stages, static
+    from bench import nvcc, stages, static
 
+    of_triton, of_cuda = static.kernel_names(), tuple(nvcc.SOURCES)
     for given, known in (
-        (arguments.targets, tuple(static.TARGETS)), (arguments.kernels, static.kernel_names()),
+        (arguments.targets, tuple(static.TARGETS)), (arguments.kernels, of_triton + of_cuda),
     ):  # fmt: skip
         if unknown := set(given or ()) - set(known):
             sys.exit(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(known)}")
     names = arguments.targets or list(static.TARGETS)
-    rows = static.compile_all(
-        names,
-        arguments.kernels,
-        list(static.TARGETS) if arguments.all else static.FULL,
-        arguments.processes,
-    )
+    rows: list[static.Binary] = []
+    if not arguments.kernels or {*arguments.kernels} & {*of_triton}:
+        full = list(static.TARGETS) if arguments.all else static.FULL
+        rows += static.compile_all(names, arguments.kernels, full, arguments.processes)
+    rows += nvcc.compile_all(names, arguments.kernels, arguments.processes)
     print(static.table(rows))
     document = results.document(map(asdict, rows), torch.device("cpu"))
     if not arguments.kernels:

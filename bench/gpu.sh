@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Everything that needs an NVIDIA GPU, in under eight minutes and no more than eight files: the
-# kernels compiled in parallel, the GPU tests, the benchmarks. A short table comes last.
+# Everything that needs an NVIDIA GPU, in about eight minutes and no more than eight files: the
+# kernels compiled in parallel, the GPU tests, the kernels under compute-sanitizer (where that is
+# installed), the benchmarks. A short table comes last.
 #
 #   bash bench/gpu.sh [--out FOLDER]     default: bench/results/<device>
 #
@@ -14,7 +15,7 @@ OUT=
 while [ $# -gt 0 ]; do
     case $1 in
         --out) OUT=$2; shift 2 ;;
-        *) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 2 ;;
+        *) sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 2 ;;
     esac
 done
 read -r NAME TARGET < <($PYTHON - <<'EOF'
@@ -40,16 +41,18 @@ part() {
     SUMMARY+="$(printf '%-12s exit %-4s %4d s' "$title" $code $((SECONDS - begin)))"$'\n'
 }
 
-part library 30 make --silent setup VENV=none PYTHON="$PYTHON"
-part kernels 55 $PYTHON -m bench static --targets "$TARGET" --all --out "$OUT/static.json" \
+part library 100 make --silent setup VENV=none PYTHON="$PYTHON"
+part kernels 90 $PYTHON -m bench static --targets "$TARGET" --all --out "$OUT/static.json" \
     > "$OUT/tests.txt" 2>&1
-grep WRONG "$OUT/tests.txt"
+grep -e WRONG -e 'no nvcc' "$OUT/tests.txt"
 tail -n 2 "$OUT/tests.txt"
 XDIST=()
 $PYTHON -c 'import xdist' 2> /dev/null && XDIST=(-n 14 --dist worksteal)
-part tests 110 $PYTHON -m pytest -q -m gpu "${XDIST[@]}" \
-    tests/test_triton.py tests/test_block.py tests/test_gpu.py > "$OUT/tests.txt" 2>&1
+part tests 125 $PYTHON -m pytest -q -m gpu "${XDIST[@]}" \
+    tests/test_triton.py tests/test_block.py tests/test_gpu.py tests/test_cuda.py \
+    > "$OUT/tests.txt" 2>&1
 tail -n 40 "$OUT/tests.txt"
+part sanitizer 35 $PYTHON -m bench.sanitize
 # Each of the same table in a file of its own; `python -m bench plot FILE` draws it.
 timed() {
     local title=$1 limit=$2
@@ -57,14 +60,14 @@ timed() {
     part "$title" "$limit" $PYTHON -m bench run --device cuda --no-chart --seconds 0.2 \
         --out "$OUT" "$@"
 }
-timed all 100 --dtype float16 --peers reference triton
-timed latency 30 --dtype float32 --peers triton --maps 7x7 16x16 --cases T1 B1
-timed batch-64 45 --dtype float16 --batch 64 --peers reference triton compile \
+timed all 55 --dtype float16 --peers reference triton
+timed latency 15 --dtype float32 --peers triton --maps 7x7 16x16 --cases T1 B1
+timed batch-64 20 --dtype float16 --batch 64 --peers reference triton compile \
     --cases B1 L1 --what block --modes forward
 # In folders of their own: their files would have the name of that of all.
-timed compiled 50 --dtype float16 --out "$OUT/compiled" --peers triton compile \
+timed compiled 20 --dtype float16 --out "$OUT/compiled" --peers triton compile \
     --cases B1 L1 YOLOv8s-P3 --what block --modes forward
-timed autotune 45 --dtype float16 --out "$OUT/autotune" --peers triton autotune \
+timed autotune 15 --dtype float16 --out "$OUT/autotune" --peers triton autotune \
     --cases YOLOv8s-P3 --what block --modes forward
 echo "== $NAME, $TARGET: $OUT"
 printf '%s' "$SUMMARY"

@@ -122,14 +122,21 @@ class Launch:
 
 
 @dataclass
-class Row:
-    """A launch compiled: what the binary needs, and what is wrong with it."""
+class Binary:
+    """A kernel compiled: what the binary needs, and what is wrong with it."""
 
     kernel: str
     configuration: str
     target: str
     registers: int = 0
     spill_bytes: int = 0
+    wrong: str = ""
+
+
+@dataclass
+class Row(Binary):
+    """A launch compiled: with what comes of its size."""
+
     shared: int = 0
     resident: int = 0
     occupancy: float = 0.0
@@ -137,7 +144,6 @@ class Row:
     flops: int = 0
     bytes: int = 0
     predicted_us: float = 0.0
-    wrong: str = ""
 
 
 # --- the launches ----------------------------------------------------------------------------
@@ -573,18 +579,23 @@ def resident(target: Target, registers: int, shared: int, warps: int) -> int:
 # --- the table -------------------------------------------------------------------------------
 
 
-def table(rows: Sequence[Row]) -> str:
+def _line(row: Binary) -> str:
+    needs = f"{row.kernel:<30} {row.target:<7} {row.registers:>4} {row.spill_bytes:>5} "
+    if not isinstance(row, Row):
+        return f"{needs}{'':>40}  {row.configuration}"
+    return (
+        f"{needs}{row.shared:>7} {row.occupancy:>5.0%} {row.flops / 1e6:>8.1f} "
+        f"{row.bytes / 1e6:>7.2f} {row.predicted_us:>9.2f}  {row.configuration}; {row.example}"
+    )
+
+
+def table(rows: Sequence[Binary]) -> str:
     """A line for each row, what is wrong last, and a summary."""
     lines = [
         f"{'kernel':<30} {'target':<7} {'regs':>4} {'spill':>5} {'shared':>7} {'occ.':>5} "
         f"{'MFLOP':>8} {'MB':>7} {'pred. us':>9}  configuration; example"
     ]
-    lines += [
-        f"{row.kernel:<30} {row.target:<7} {row.registers:>4} {row.spill_bytes:>5} "
-        f"{row.shared:>7} {row.occupancy:>5.0%} {row.flops / 1e6:>8.1f} {row.bytes / 1e6:>7.2f} "
-        f"{row.predicted_us:>9.2f}  {row.configuration}; {row.example}"
-        for row in rows
-    ]
+    lines += map(_line, rows)
     wrong = [row for row in rows if row.wrong]
     lines += [f"WRONG {row.kernel} {row.target} {row.configuration}: {row.wrong}" for row in wrong]
     for name in dict.fromkeys(row.target for row in rows):

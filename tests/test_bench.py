@@ -4,6 +4,7 @@ import getpass
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from bench_toys import CPU, GPU, IDENTITY, PNG, ROOT, TOY, block, operator, row,
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import __main__ as command
-from bench import demo, peers, picture, results, run, works
+from bench import demo, peers, picture, results, run, sanitize, works
 from bench import measure as measuring
 from bench.cases import CASES, LARGE_SIDES, SWEEP_SIDES, Case
 from bench.eager import EagerSeaAttention, as_eager
@@ -901,7 +902,8 @@ def test_gpu_script_runs_every_part_and_reports(tmp_path):
     summary = done.stdout[done.stdout.index("== some-gpu, sm_90") :]
     parts = {line.split()[0]: int(line.split()[2]) for line in summary.splitlines()[1:]}
     assert list(parts) == [
-        "library", "kernels", "tests", "all", "latency", "batch-64", "compiled", "autotune",
+        "library", "kernels", "tests", "sanitizer",
+        "all", "latency", "batch-64", "compiled", "autotune",
     ]  # fmt: skip
     # In this folder there is nothing to make.
     assert (parts["tests"], parts["library"] > 0) == (3, True)
@@ -909,7 +911,9 @@ def test_gpu_script_runs_every_part_and_reports(tmp_path):
     asked = (tmp_path / "asked").read_text()
     assert "static --targets sm_90 --all" in asked
     (tests,) = re.findall(r"pytest -q -m gpu .*", asked)
-    assert {"tests/test_triton.py", "tests/test_block.py", "tests/test_gpu.py"} <= {*tests.split()}
+    for name in ("triton", "block", "gpu", "cuda"):
+        assert f"tests/test_{name}.py" in tests.split()
+    assert "-m bench.sanitize" in asked
     timed = [
         command._parser().parse_args([*line.replace("--device cuda", "--device cpu").split()])
         for line in re.findall(r"-m bench (run .*)", asked)
@@ -934,6 +938,33 @@ def test_gpu_script_runs_every_part_and_reports(tmp_path):
     limits = re.findall(r"^(?:part|timed) \S+ (\d+)", script.read_text(), re.MULTILINE)
     assert len(limits) == len(parts)
     assert sum(map(int, limits)) < 8 * 60
+
+
+@pytest.mark.parametrize("broken", [None, "racecheck"])
+def test_every_tool_of_the_sanitizer_runs(broken, tmp_path, monkeypatch, capsys):
+    """With a compute-sanitizer that notes what it is asked for, and one that finds something."""
+    stub = tmp_path / "compute-sanitizer"
+    stub.write_text(
+        f'#!/bin/sh\necho "$*" >> {tmp_path}/asked\necho "found by $2"\n[ "$2" != {broken} ]\n'
+    )
+    stub.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert sanitize.main() == (broken is not None)
+    tools = ["memcheck", "racecheck", "initcheck"]
+    assert capsys.readouterr().out.splitlines() == [
+        line
+        for tool in tools
+        for line in (f"{tool}: exit {int(tool == broken)}", f"found by {tool}")
+    ]
+    asked = (tmp_path / "asked").read_text().splitlines()
+    assert sorted(line.split()[1] for line in asked) == sorted(tools)
+    assert all("--error-exitcode 1" in line and sys.executable in line for line in asked)
+
+
+def test_sanitizer_may_be_missing(monkeypatch, capsys):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert sanitize.main() == 0
+    assert capsys.readouterr().out == "the kernels are not checked: there is no compute-sanitizer\n"
 
 
 def test_gpu_script_needs_a_gpu(tmp_path):

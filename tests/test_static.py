@@ -1,8 +1,9 @@
-"""The static check of the Triton kernels: that it passes, and that it can fail."""
+"""The static check of the kernels of Triton and CUDA: that it passes, and that it can fail."""
 
 import ast
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,8 @@ import pytest
 import torch
 from triton.backends.compiler import GPUTarget
 
-from bench import static
-from seaattn_kernels.kernels import squeeze
+from bench import nvcc, static
+from seaattn_kernels.kernels import cuda, squeeze
 
 ROOT = Path(__file__).parents[1]
 KERNELS = ROOT / "seaattn_kernels" / "kernels"
@@ -192,6 +193,88 @@ def test_a_thousand_sizes_of_maps_share_three_compilations():
     done = run("-c", SIZES)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["3", "1", "1"]
+
+
+# --- the kernels of csrc/cuda ------------------------------------------------------------------
+
+with_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+
+
+@pytest.mark.slow
+@with_nvcc
+def test_cuda_kernels_compile_without_a_spill():
+    rows = nvcc.compile_all(list(static.TARGETS))
+    assert not [row for row in rows if row.wrong or row.spill_bytes or row.registers < 8]
+    found = {target: set() for target in nvcc.ARCHS}
+    for row in rows:
+        found[row.target].add(row.kernel)
+    kinds = cuda._KIND.values()
+    axis = {
+        f"axis_{kind}_{d}_{e}_{heads}"
+        for kind in kinds
+        for (d, e), counts in cuda._HEADS.items()
+        for heads in counts
+    }
+    finish = {
+        f"finish_{kind}_{t.rows}_{t.columns}_{t.parts}" for kind in kinds for t in cuda.TILES
+    }
+    small = {name for name in finish if "_8_64_" in name}
+    assert found["sm_90"] == axis | finish
+    for target in ("sm_80", "sm_100"):
+        assert axis | small <= found[target] <= axis | finish
+
+
+SPILLS = """
+extern "C" __global__ void __launch_bounds__(1024, 2) many(float* a, int n) {
+  float x[64];
+#pragma unroll
+  for (int i = 0; i < 64; ++i) x[i] = a[i * n];
+#pragma unroll 1
+  for (int k = 0; k < n; ++k) {
+#pragma unroll
+    for (int i = 0; i < 64; ++i) x[i] = x[i] * x[(i + 1) % 64] + k;
+  }
+#pragma unroll
+  for (int i = 0; i < 64; ++i) a[i * n] = x[i];
+}
+"""
+WRONG = """
+import sys
+from pathlib import Path
+from bench import __main__, nvcc
+nvcc.SOURCES = {"many": Path(sys.argv[1])}
+sys.argv = ["bench", "static", "--targets", "sm_90", "--kernels", "many"]
+sys.exit(__main__.main())
+"""
+
+
+@pytest.mark.slow
+@with_nvcc
+def test_cuda_kernels_that_spill_or_do_not_compile_fail(tmp_path):
+    path = tmp_path / "many.cu"
+    path.write_text(SPILLS)
+    (row,) = nvcc.compiled(path, "sm_80")
+    assert (row.kernel, row.target, row.registers) == ("many", "sm_80", 32)
+    assert row.spill_bytes > 64
+    assert row.wrong.startswith("spills ")
+    done = run("-c", WRONG, str(path))
+    assert done.returncode == 1, done.stderr
+    assert "WRONG many sm_90 many.cu for sm_90a: spills" in done.stdout
+    path.write_text(SPILLS.replace("int n", "int m"))
+    (row,) = nvcc.compiled(path, "sm_100")
+    assert row.wrong.startswith("does not compile: ")
+    assert '"n" is undefined' in row.wrong
+    path.write_text("")
+    (row,) = nvcc.compiled(path, "sm_80")
+    assert row.wrong == "ptxas reports no entry"
+
+
+def test_without_nvcc(monkeypatch, capsys):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert nvcc.compile_all(["sm_90"]) == []
+    assert capsys.readouterr().out == "csrc/cuda is not compiled: there is no nvcc\n"
+    assert nvcc.compile_all(["sm_75", "gfx942"]) == []
+    assert capsys.readouterr().out == ""
 
 
 # --- what compiles to something else than what it says ----------------------------------------

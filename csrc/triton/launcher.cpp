@@ -202,8 +202,8 @@ at::Tensor even(const at::Tensor& x) {
 }
 
 at::Tensor sea_attention(const char* backend, Plans& plans, const at::Tensor& input,
-                         at::TensorList weights, int64_t heads, int64_t key_dim,
-                         int64_t activation, double negative_slope, bool hard) {
+                         at::TensorList weights, int64_t heads, int64_t key_dim, int64_t activation,
+                         double negative_slope, bool hard) {
   const c10::DeviceGuard guard(input.device());
   const at::Tensor x = even(input);
   const auto in_python = [&] {
@@ -258,8 +258,7 @@ at::Tensor by_triton(const at::Tensor& x, at::TensorList weights, int64_t heads,
 at::Tensor by_cuda(const at::Tensor& x, at::TensorList weights, int64_t heads, int64_t key_dim,
                    int64_t activation, double negative_slope, bool hard) {
   static Plans plans;
-  return sea_attention("cuda", plans, x, weights, heads, key_dim, activation, negative_slope,
-                       hard);
+  return sea_attention("cuda", plans, x, weights, heads, key_dim, activation, negative_slope, hard);
 }
 
 }  // namespace
