@@ -35,7 +35,8 @@ def cuda_archs(torch) -> list[str]:
     if asked := os.environ.get("SEAATTN_CUDA_ARCHS"):
         if shutil.which("nvcc") is None:
             sys.exit("SEAATTN_CUDA_ARCHS asks for CUDA code, and no nvcc was found")
-        return [arch.replace(".", "") for arch in asked.replace(";", " ").split()]
+        asked = [arch.replace(".", "") for arch in asked.replace(";", " ").split()]
+        return ["90a" if arch == "90" else arch for arch in asked]  # the products need 9.0a
     hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
     return ["90a"] if hopper and shutil.which("nvcc") else []
 

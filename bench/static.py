@@ -48,7 +48,7 @@ from seaattn_kernels.kernels import (
     normalize,
     squeeze,
 )
-from seaattn_kernels.reference import ACTIVATIONS, is_channels_last, squeeze_first
+from seaattn_kernels.reference import ACTIVATIONS, is_channels_last
 
 _MODULES = (squeeze, axial_attention, broadcast_add, gate, normalize, depthwise, block)
 _CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -256,15 +256,9 @@ def _table_flops(values: dict) -> int:
 
 
 def _attend_flops(values: dict) -> int:
-    """The attention, and the projection of means where they are projected: keys and values again
-    for each block of queries."""
     d, e, h, w = (values[name] for name in ("D", "E", "H", "W"))
     images = values["rows"] // h
-    total = (d + e) * (h * h + w * w)
-    if values["PROJECT"]:
-        for n in (h, w):
-            total += values["C"] * n * (d + (d + e) * triton.cdiv(n, values["BLOCK"]))
-    return 2 * images * values["heads"] * total
+    return 2 * images * values["heads"] * (d + e) * (h * h + w * w)
 
 
 def _finish_flops(values: dict) -> int:
@@ -368,7 +362,7 @@ def packed_weights(
         _empty(c, projected, dtype=dtype), _empty(c),
         _empty(2, values, pitch, dtype=dtype), _empty(2, values),
         _empty(c, pitch, dtype=dtype), _empty(c),
-        _empty(projected, channels), _empty(h + w, 2 * keys),
+        _empty(h + w, 2 * keys),
     ]  # fmt: skip
 
 
@@ -380,16 +374,15 @@ def whole_block(
     layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
     out = torch.empty(x.shape, dtype=dtype, device="meta", memory_format=layout)
     weights = packed_weights(c, heads, d, e, h, w, dtype)
-    first = squeeze_first(h, w)
-    block.sea_attention(x, weights, heads, d, activation, 0.1, hard, first, out)
+    block.sea_attention(x, weights, heads, d, activation, 0.1, hard, out)
 
 
 #: Sides that reach every tile of a map, and the heads that were seen in models.
 _SIDES = (1, 7, 8, 14, 16, 20, 32, 40, 64, 80, 128, 256, 300)
 _HEADS = ((16, 32), (2, 4), (10, 20), (16, 16), (16, 64), (20, 40), (24, 48), (32, 64), (64, 128))
 _IDENTITY, _RELU6 = (ACTIVATIONS.index(name) for name in ("identity", "relu6"))
-#: Maps of blocks that take each way to the axis vectors, and maps of odd sizes.
-_MAPS = ((1, 16, 16), (16, 32, 32), (64, 32, 32), (1, 7, 7), (1, 20, 20), (1, 100, 3), (1, 1, 1))
+#: Maps that take each way to the axis vectors, with each block of an axis, and maps of odd sizes.
+_MAPS = ((1, 16, 16), (1, 32, 32), (16, 40, 40), (1, 7, 7), (1, 20, 20), (1, 100, 3), (1, 1, 1))
 _MAPS += ((1, 300, 300), (2, 1024, 1024), (1, 64, 128))
 #: Of latency and of throughput.
 BATCHES = (1, 64)

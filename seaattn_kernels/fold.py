@@ -77,7 +77,7 @@ class PackedWeights(NamedTuple):
     """What the GPU kernels take as ``weights``: rows begin at multiples of 16 elements.
 
     ``NQ'`` and so on: rounded up to that, and filled with zeros. Biases, depthwise weights and the
-    position tables, ``axis_weight`` too, are float32.
+    position tables are float32.
     """
 
     qkv_weight: Tensor  # (NQ', C')
@@ -90,7 +90,6 @@ class PackedWeights(NamedTuple):
     encode_bias: Tensor  # (2, DH)
     proj_weight: Tensor  # (C, DH')
     proj_bias: Tensor  # (C,)
-    axis_weight: Tensor  # (NQ', C')
     position: Tensor  # (H + W, 2*heads*D)
 
 
@@ -274,12 +273,11 @@ class FoldedWeights:
         qkv, qkv_bias, dw, dw_bias, pw, pw_bias, row, row_bias, column, column_bias, proj, bias = (
             self.convolutions
         )
-        axis = _padded(qkv, 0, 1)
         return [
-            axis.to(dtype), _padded(qkv_bias, 0), _padded(dw.flatten(1).t(), 1),
+            _padded(qkv, 0, 1).to(dtype), _padded(qkv_bias, 0), _padded(dw.flatten(1).t(), 1),
             _padded(dw_bias, 0), _padded(pw, 1).to(dtype), pw_bias,
             _padded(torch.stack([row, column]), 2).to(dtype), torch.stack([row_bias, column_bias]),
-            _padded(proj, 1).to(dtype), bias, axis,
+            _padded(proj, 1).to(dtype), bias,
         ]  # fmt: skip
 
     def _chunk(self, dtype: torch.dtype) -> list[Tensor]:

@@ -215,15 +215,13 @@ def _preferred(
     obstacle: str | None,
 ) -> tuple[str, str | None]:
     """What "auto" takes on a device, and why it is not the best it has."""
-    if device.type == "cpu":
-        return "cpu", None
-    if device.type != "cuda":
-        return "reference", None
-    if torch.version.hip is None and _capability(device) < (8, 0):
+    on_cuda = device.type == "cuda"
+    if on_cuda and torch.version.hip is None and _capability(device) < (8, 0):
         return "reference", "below compute capability 8.0 plain PyTorch is taken"
-    if refusal(operator, "cuda", device, dtype, head, obstacle) is None:
+    if on_cuda and refusal(operator, "cuda", device, dtype, head, obstacle) is None:
         return "cuda", None
-    return "triton", None
+    candidate = {"cpu": "cpu", "cuda": "triton"}.get(device.type, "reference")
+    return (candidate if operator in OPERATORS[candidate] else "reference"), None
 
 
 def _exact_convolutions() -> bool:

@@ -226,7 +226,7 @@ def _triton_sea_attention(x, weights, *rest, chunked=False):
     h, w = x.shape[2:]
     if h > 1 and w > 1 and x.stride(2) != w * x.stride(3):
         x = reference.follow_layout(x, x)
-    return block.sea_attention(x, weights, *rest, reference.squeeze_first(h, w), out, chunked)
+    return block.sea_attention(x, weights, *rest, out, chunked)
 
 
 def _planned(sea_attention: Callable) -> Callable:

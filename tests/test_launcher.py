@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the driver is
 
 ROOT = Path(__file__).parents[1]
 LOW = (torch.float16, torch.bfloat16, torch.float32)
-WAYS = ("direct", "squeezed", "projected")
+WAYS = ("direct", "squeezed")
 KERNELS = {
     block: ("project_kernel", "attend_kernel", "encode_kernel", "finish_kernel"),
     squeeze: ("squeeze_kernel",),
@@ -243,7 +243,7 @@ CHANGES = {
         [*weights[:5], moved(weights[5]), *weights[6:]],
     ),
     "type of a weight": lambda x, weights: (x, [*weights[:5], weights[5].double(), *weights[6:]]),
-    "two weights that were one": lambda x, weights: (x, [weights[0].clone(), *weights[1:]]),
+    "two weights that are one": lambda x, weights: (x, [*weights[:3], weights[1], *weights[4:]]),
     "nothing": lambda x, weights: (x, weights),
     "values": lambda x, weights: (torch.randn_like(x), arguments_of(x)[0]),
 }
@@ -254,7 +254,6 @@ def test_a_tensor_of_another_kind_is_recorded_anew(change, driver, plans):
     driver.dry = True
     x = torch.randn(1, 16, 3, 8)
     weights, *numbers = arguments_of(x)
-    assert weights[0] is weights[10]
     numbers[3] = 2.0 + list(CHANGES).index(change)  # which makes a first call of each
     launched(x, weights, *numbers)
     assert len(plans) == 1
@@ -469,7 +468,7 @@ def hold_against_triton(path, way, dtype):
 
 
 @pytest.mark.parametrize(
-    ("way", "dtype"), [("direct", "float16"), ("squeezed", "float32"), ("projected", "bfloat16")]
+    ("way", "dtype"), [("direct", "float16"), ("squeezed", "float32"), ("squeezed", "bfloat16")]
 )
 def test_what_is_launched_is_what_triton_launches(way, dtype, library, stand_in):
     code = f"import test_launcher as t; t.hold_against_triton({stand_in!r}, {way!r}, {dtype!r})"

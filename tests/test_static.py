@@ -215,9 +215,7 @@ def test_cuda_kernels_compile_without_a_spill():
         for (d, e), counts in cuda._HEADS.items()
         for heads in counts
     }
-    finish = {
-        f"finish_{kind}_{t.rows}_{t.columns}_{t.parts}" for kind in kinds for t in cuda.TILES
-    }
+    finish = {f"finish_{kind}_{t.rows}_{t.columns}_{t.parts}" for kind in kinds for t in cuda.TILES}
     small = {name for name in finish if "_8_64_" in name}
     assert found["sm_90"] == axis | finish
     for target in ("sm_80", "sm_100"):

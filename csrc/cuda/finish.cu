@@ -3,10 +3,10 @@
 //     out = sigma(Wproj act(v + e_row + e_column) + b) * (Wpw act(dw3x3(qkv) + b) + b)
 //
 // A thread block owns TH x 8 pixels and N channels of the result. Its jobs are the chunks of 64
-// channels of v, for the gate, and then those of qkv, for the detail. Of each job a warpgroup brings
-// the map with a halo of one pixel and the weights to shared memory, a few jobs ahead; eight warps
-// make the activated operand, a lane two channels of one or two columns of pixels, while the matrix
-// units multiply that of the job before. Outside of the image the map is 0.
+// channels of v, for the gate, and then those of qkv, for the detail. Of each job a warpgroup
+// brings the map with a halo of one pixel and the weights to shared memory, a few jobs ahead; eight
+// warps make the activated operand, a lane two channels of one or two columns of pixels, while the
+// matrix units multiply that of the job before. Outside of the image the map is 0.
 //
 // Where tiles are few, a cluster of PARTS blocks shares the jobs of a tile: each sums over its own,
 // and finishes its share of the columns from the sums of all.
@@ -20,6 +20,8 @@
 //
 // T: float16 or bfloat16. Products accumulate in float32, everything between them is float32; the
 // map and the operands of products are rounded to T. act is relu or relu6: min(max(z, 0), most).
+// The gate of a block without parts waits for the detail in float16, whatever T is: what is below
+// 6e-8 becomes 0.
 
 #include "tile.cuh"
 

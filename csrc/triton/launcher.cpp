@@ -149,7 +149,7 @@ Key key_of(const at::Tensor& x, at::TensorList weights, int64_t heads, int64_t k
   c10::SmallVector<const void*, 16> data;
   const auto add = [&](const at::Tensor& tensor) {
     const at::Device device = tensor.device();
-    // Where two are one tensor, as weights in float32 are, a plan may name either.
+    // Where two are one tensor, a plan may name either.
     const auto first = std::find(data.begin(), data.end(), tensor.const_data_ptr()) - data.begin();
     data.push_back(tensor.const_data_ptr());
     key.insert(key.end(), {tensor.dim(), static_cast<int64_t>(tensor.scalar_type()),

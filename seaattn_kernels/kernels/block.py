@@ -4,7 +4,7 @@ With ``N`` the length of an axis, ``D`` and ``E`` the channels of a key and of a
 ``DH = heads*E``, ``NQ = heads*(2D + E)``:
 
     qkv  = Wqkv x + b                                              every pixel, (NQ, C)
-    axis = mean of qkv along the other axis, + position            = Wqkv (mean of x) + b + position
+    axis = mean of qkv along the other axis, + position
     o    = softmax(D^-0.5 q^T k) v                                 along each axis, per head
     e    = We act(o) + b                                           (DH, DH), row and column
     out  = sigma(Wproj act(v + e_row + e_column) + b) * (Wpw act(dw3x3(qkv) + b) + b)
@@ -16,24 +16,17 @@ With ``N`` the length of an axis, ``D`` and ``E`` the channels of a key and of a
     finish   a program owns BLOCK_M pixels and BLOCK_N channels of the result: depthwise 3x3 out
              of the map, the two products, the gate, one store
 
-Three ways to the axis vectors, by :func:`plan`:
+Two ways to the axis vectors, by :func:`plan`:
 
     direct       attend averages the projected map itself: project, attend, encode, finish.
                  Small maps, where a launch costs more than reading the map again
     squeezed     squeeze sums the projected map: project, squeeze, attend, encode, finish
-    projected    squeeze sums x, and attend projects the means, which commutes: squeeze, attend,
-                 encode, project, finish. Half precision, where the bytes of NQ - C channels take
-                 longer than that. A mean rounds once where a mean of projections averages
-                 roundings, so float32 would need float64 here
 
 Pixels are counted through the batch. Products accumulate in float32; axis vectors, the depthwise
 stage and everything after a product are float32; o, e and the operands of products are in the dtype
 of x, as the map is.
 
-All launches share the current stream. In the first two ways each waits for the one before. In the
-third, squeeze to encode and project are independent. One after the other they share memory: what
-is dead before the map is written lies in the map, so that the workspace is the map and e. And that
-way is for large batches, where a launch is little beside the work of each.
+All launches share the current stream, and each waits for the one before.
 """
 
 import math
@@ -142,33 +135,6 @@ def mean(
 
 
 @triton.jit
-def project_means(
-    x_ptr, weight_ptr, bias_ptr, first, second, n, N, C, stride_n, stride_c, parts,
-    FIRST: tl.constexpr, SECOND: tl.constexpr, BLOCK: tl.constexpr, BLOCK_1: tl.constexpr,
-    BLOCK_2: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """The projection of means of x to FIRST channels from ``first`` on, and to SECOND from
-    ``second`` on, as (n, channel) in float32, zero outside. SECOND may be zero."""
-    c, d = tl.arange(0, BLOCK_1), tl.arange(0, BLOCK_2)
-    total = tl.zeros([BLOCK, BLOCK_1], tl.float32)
-    other = tl.zeros([BLOCK, BLOCK_2], tl.float32)
-    for start in range(0, C, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        here = (n < N)[:, None] & (k < C)[None, :]
-        x = mean(x_ptr, n, k, here, stride_n, stride_c, 1, parts, 1.0, BLOCK, BLOCK_K, 1)
-        weight = load_weight(weight_ptr + first.to(tl.int64) * padded(C), c, k, FIRST, C)
-        total = tl.dot(x, weight, total, input_precision=PRECISION)
-        if SECOND > 0:
-            weight = load_weight(weight_ptr + second.to(tl.int64) * padded(C), d, k, SECOND, C)
-            other = tl.dot(x, weight, other, input_precision=PRECISION)
-    inside = (n < N)[:, None] & (c < FIRST)[None, :]
-    total += tl.load(bias_ptr + first + c, mask=c < FIRST, other=0.0)[None, :]
-    other += tl.load(bias_ptr + second + d, mask=d < SECOND, other=0.0)[None, :]
-    in_other = (n < N)[:, None] & (d < SECOND)[None, :]
-    return tl.where(inside, total, 0.0), tl.where(in_other, other, 0.0)
-
-
-@triton.jit
 def position(position_ptr, first, n, N, keys, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """The position table of queries or keys at the positions n, as (n, channel)."""
     d = tl.arange(0, BLOCK_D)
@@ -182,16 +148,16 @@ _RUNTIME += ["scale", "slope"]
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def attend_kernel(
-    row_ptr, column_ptr, weight_ptr, bias_ptr, position_ptr, out_ptr, H, W, C,
+    row_ptr, column_ptr, position_ptr, out_ptr, H, W, C,
     row_parts, column_parts, row_programs, rows, heads, scale, slope,
     D: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_E: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, DIRECT: tl.constexpr,
-    PROJECT: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_T: tl.constexpr, DIRECT: tl.constexpr,
+    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``act(o)`` of both axes: ``(B*H, DH)``, then ``(B*W, DH)``.
 
-    DIRECT: both pointers are the projected map (B, H, W, C). Otherwise they are means in parts,
-    (B, C, H, row_parts) and (B, C, W, column_parts), of x where PROJECT, else of the map.
+    DIRECT: both pointers are the projected map (B, H, W, C). Otherwise they are its means in parts,
+    (B, C, H, row_parts) and (B, C, W, column_parts).
     ``rows``: B*H. The first ``row_programs`` programs have queries on the rows.
     """
     pid = tl.program_id(0)
@@ -216,36 +182,24 @@ def attend_kernel(
     q_at, k_at, v_at = head * D, keys + head * D, 2 * keys + head * E
     d, e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
     in_q = (i < N)[:, None] & (d < D)[None, :]
-    if PROJECT:
-        q, _ = project_means(
-            x_ptr, weight_ptr, bias_ptr, q_at, q_at, i, N, C, stride_n, stride_c, parts,
-            D, 0, BLOCK, BLOCK_D, 16, BLOCK_K, PRECISION,
-        )  # fmt: skip
-    else:
-        q = mean(
-            x_ptr, i, q_at + d, in_q, stride_n, stride_c, stride_t, terms, factor,
-            BLOCK, BLOCK_D, BLOCK_T,
-        )  # fmt: skip
+    q = mean(
+        x_ptr, i, q_at + d, in_q, stride_n, stride_c, stride_t, terms, factor,
+        BLOCK, BLOCK_D, BLOCK_T,
+    )  # fmt: skip
     q = (q + position(position_ptr, q_at, i, N, keys, D, BLOCK_D)) * (scale * _LOG2E)
     largest = tl.full([BLOCK], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     out = tl.zeros([BLOCK, BLOCK_E], tl.float32)
     for start in range(0, N, BLOCK):
         j = start + tl.arange(0, BLOCK)
-        if PROJECT:
-            k, v = project_means(
-                x_ptr, weight_ptr, bias_ptr, k_at, v_at, j, N, C, stride_n, stride_c, parts,
-                D, E, BLOCK, BLOCK_D, BLOCK_E, BLOCK_K, PRECISION,
-            )  # fmt: skip
-        else:
-            k = mean(
-                x_ptr, j, k_at + d, (j < N)[:, None] & (d < D)[None, :],
-                stride_n, stride_c, stride_t, terms, factor, BLOCK, BLOCK_D, BLOCK_T,
-            )  # fmt: skip
-            v = mean(
-                x_ptr, j, v_at + e, (j < N)[:, None] & (e < E)[None, :],
-                stride_n, stride_c, stride_t, terms, factor, BLOCK, BLOCK_E, BLOCK_T,
-            )  # fmt: skip
+        k = mean(
+            x_ptr, j, k_at + d, (j < N)[:, None] & (d < D)[None, :],
+            stride_n, stride_c, stride_t, terms, factor, BLOCK, BLOCK_D, BLOCK_T,
+        )  # fmt: skip
+        v = mean(
+            x_ptr, j, v_at + e, (j < N)[:, None] & (e < E)[None, :],
+            stride_n, stride_c, stride_t, terms, factor, BLOCK, BLOCK_E, BLOCK_T,
+        )  # fmt: skip
         k += position(position_ptr, k_at, j, N, keys, D, BLOCK_D)
         s = scores(q, tl.trans(k), j, N, PRECISION)
         p, shrink, largest, total = online(s, largest, total)
@@ -352,32 +306,16 @@ def finish_kernel(
 
 # --- blocks and ways, by the shape -----------------------------------------------------------
 
-#: Longest axis on which attend averages the map itself, and what is read twice in the 2 us of a
-#: launch at 4 TB/s.
-_DIRECT_AXIS, _DIRECT_BYTES = 32, 4 << 20
-#: Of memory and of three TF32 products, on a GPU for servers, by the microsecond; and what a longer
-#: chain of steps costs attend.
-_BYTES, _FLOP, _CHAIN_US = 4e6, 1.5e8, 3.0
+#: Axes on which attend averages the map itself: up to the first always, up to the second where the
+#: map has at most so many bytes.
+_DIRECT_AXIS, _LONGEST_DIRECT_AXIS, _DIRECT_BYTES = 16, 32, 4 << 20
 
 
-def plan(
-    b: int, c: int, h: int, w: int, projected: int, dtype: torch.dtype, squeeze_first: bool
-) -> str:
-    """The way to the axis vectors: see the head of this file.
-
-    ``squeeze_first``: whether projecting means takes fewer FLOP and bytes than averaging
-    projections, at one rate for both. The means of x are the fewer bytes where C < NQ, but their
-    products are the slower ones, and are repeated for each block of queries.
-    """
-    size = b * h * w * projected * dtype.itemsize
-    if max(h, w) <= _DIRECT_AXIS and (size <= _DIRECT_BYTES or not squeeze_first):
-        return "direct"
-    if squeeze_first and dtype.itemsize == 2:
-        saved_us = b * h * w * (projected - c) * dtype.itemsize / _BYTES
-        columns = sum(n * cdiv(n, attend_block(max(h, w), 0)[0]) for n in (h, w))
-        if saved_us > 2 * b * columns * c * projected / _FLOP + _CHAIN_US:
-            return "projected"
-    return "squeezed"
+def plan(b: int, h: int, w: int, projected: int, dtype: torch.dtype) -> str:
+    """The way to the axis vectors: see the head of this file."""
+    axis, size = max(h, w), b * h * w * projected * dtype.itemsize
+    small = axis <= _LONGEST_DIRECT_AXIS and size <= _DIRECT_BYTES
+    return "direct" if axis <= _DIRECT_AXIS or small else "squeezed"
 
 
 class ProductTile(NamedTuple):
@@ -432,13 +370,13 @@ def product_tile(
     return found
 
 
-def attend_block(n: int, head: int) -> tuple[int, int]:
+def attend_block(n: int, head: int, direct: bool) -> tuple[int, int]:
     """Of a program of attend: its queries, and keys at a time, and its warps.
 
-    ``n``: the longer axis; ``head``: D + E, padded.
+    ``n``: the longer axis; ``head``: D + E, padded; ``direct``: whether it averages the map.
     """
     block = 16 if n <= 16 else 32
-    return block, 4 if block == 16 and head <= 128 else 8
+    return block, 4 if head <= 128 and (block == 16 or not direct) else 8
 
 
 def carve(x: Tensor, *sizes: int) -> tuple[Tensor, ...]:
@@ -469,7 +407,7 @@ def _pixel_stride(x: Tensor) -> int:
 
 def sea_attention(
     x: Tensor, weights: list[Tensor], heads: int, key_dim: int, activation: int,
-    negative_slope: float, hard: bool, squeeze_first: bool, out: Tensor, chunked: bool = False,
+    negative_slope: float, hard: bool, out: Tensor, chunked: bool = False,
 ) -> Tensor:  # fmt: skip
     """The block of ``x`` into ``out``: ``(B, C, H, W)`` both, the pixels of an image evenly spaced.
 
@@ -481,11 +419,10 @@ def sea_attention(
             qkv_weight, qkv_bias, chunks, depthwise, pw_bias, encode_weight, encode_bias,
             proj_bias, position,
         ) = weights  # fmt: skip
-        axis_weight = qkv_weight  # not read: means of x are not projected
     else:
         (
             qkv_weight, qkv_bias, dw_weight, dw_bias, pw_weight, pw_bias, encode_weight,
-            encode_bias, proj_weight, proj_bias, axis_weight, position,
+            encode_bias, proj_weight, proj_bias, position,
         ) = weights  # fmt: skip
     b, c, h, w = x.shape
     pixels, rows, columns = b * h * w, b * h, b * w
@@ -495,7 +432,7 @@ def sea_attention(
     # Eager makes the products of maps by convolutions.
     of_maps, of_axes = precision(x, torch.backends.cudnn.conv), fine_precision(x)
     if not chunked:
-        way = plan(b, c, h, w, projected, x.dtype, squeeze_first)
+        way = plan(b, h, w, projected, x.dtype)
     elif max(h, w) <= cuda.LONGEST_AXIS and cuda.has_axis(heads, key_dim, value_dim):
         way = "clustered"
     else:
@@ -514,17 +451,15 @@ def sea_attention(
 
     def attend(row: Tensor, column: Tensor, attended: Tensor, strips: int, bands: int) -> None:
         block_d, block_e = power_of_2(key_dim, least=16), power_of_2(value_dim, least=16)
-        block, warps = attend_block(max(h, w), block_d + block_e)
+        block, warps = attend_block(max(h, w), block_d + block_e, way == "direct")
         row_programs, others = (b * heads * cdiv(n, block) for n in (h, w))
         launch(
             attend_kernel, row_programs + others,
-            row, column, axis_weight, qkv_bias, position, attended, h, w,
-            c if way == "projected" else projected, strips, bands, row_programs, rows, heads,
-            key_dim**-0.5, negative_slope,
+            row, column, position, attended, h, w, projected, strips, bands, row_programs, rows,
+            heads, key_dim**-0.5, negative_slope,
             D=key_dim, E=value_dim, BLOCK=block, BLOCK_D=block_d, BLOCK_E=block_e,
-            BLOCK_T=8 if way == "direct" else 1, BLOCK_K=32, DIRECT=way == "direct",
-            PROJECT=way == "projected", ACTIVATION=activation, PRECISION=of_axes,
-            num_warps=warps, num_stages=1, **all_registers(x),
+            BLOCK_T=8 if way == "direct" else 1, DIRECT=way == "direct", ACTIVATION=activation,
+            PRECISION=of_axes, num_warps=warps, num_stages=1, **all_registers(x),
         )  # fmt: skip
 
     def encode(attended: Tensor, encoded: Tensor) -> None:
@@ -564,7 +499,7 @@ def sea_attention(
         project(qkv)
         attend(qkv, qkv, attended, 1, 1)
         encode(attended, encoded)
-    elif way == "squeezed":
+    else:
         shape, strides = (b, projected, h, w), (h * w * projected, 1, w * projected, projected)
         cut = squeeze.cut(shape, True, x.device)
         size = _scratch_size(shape, cut, x.dtype)
@@ -574,14 +509,5 @@ def sea_attention(
         means = _means(qkv.as_strided(shape, strides), cut, scratch[:size].view(torch.float32))
         attend(*means, attended, cut.strips, cut.bands)
         encode(attended, encoded)
-    else:
-        cut = squeeze.cut(x.shape, squeeze.by_channels(x), x.device)
-        dead = axis_size + _scratch_size(x.shape, cut, x.dtype)
-        qkv, encoded = carve(x, max(map_size, dead), axis_size)
-        attended, scratch = qkv[:axis_size], qkv[axis_size:dead]
-        means = _means(x, cut, scratch.view(torch.float32))
-        attend(*means, attended, cut.strips, cut.bands)
-        encode(attended, encoded)
-        project(qkv)
     finish(qkv, encoded)
     return out

@@ -55,6 +55,8 @@ def launch(
     ``kinds``: of each argument, as Triton names them; ``shared``: bytes of shared memory.
     """
     device = arguments[0].device
+    if any(isinstance(given, Tensor) and given.data_ptr() % 16 for given in arguments):
+        raise RuntimeError(f"{name} needs memory that begins at multiples of 16 bytes")
     with torch.cuda.device(device):
         function = _function(binary, name, device.index)
         handle = Handle(function, threads, shared, tuple(kinds.split()))
@@ -190,6 +192,8 @@ def finish(
     b, c, h, w = out.shape
     projected = qkv.numel() // (b * h * w)
     tile = tile or finish_tile(b, h, w, c, projected, values, multiprocessors(qkv.device))
+    if tile not in tiles(projected):
+        raise ValueError(f"{tile} has more parts than {projected} channels have chunks")
     name = f"finish_{_KIND[qkv.dtype]}_{tile.rows}_{tile.columns}_{tile.parts}"
     grid = (b, cdiv(h, tile.rows) * cdiv(w, 8), cdiv(c, tile.columns) * tile.parts)
     pixel = out.stride(3) if w > 1 else out.stride(2)

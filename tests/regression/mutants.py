@@ -436,11 +436,11 @@ TRITON = (
         "no_error_has_grown and block and triton",
     ),
     Mutant(
-        "means-unprojected-bias",
+        "means-of-the-rows",
         _BLOCK,
-        "    other += tl.load(bias_ptr + second + d, mask=d < SECOND, other=0.0)[None, :]\n",
-        "",
-        "values from projected means have no bias",
+        "x_ptr, N, across, parts = column_ptr, W, H, column_parts",
+        "x_ptr, N, across, parts = row_ptr, W, H, column_parts",
+        "the columns take the means of the rows",
         "ways_of",
     ),
     Mutant(

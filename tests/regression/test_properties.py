@@ -441,7 +441,7 @@ def way_of(monkeypatch, way):
         yield
 
 
-@pytest.mark.parametrize("way", ["direct", "squeezed", "projected"])
+@pytest.mark.parametrize("way", ["direct", "squeezed"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_ways_of_the_triton_block(way, dtype, monkeypatch):
     with way_of(monkeypatch, way):
