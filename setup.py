@@ -69,7 +69,8 @@ def extension() -> dict:
         def run(self) -> None:
             try:
                 super().run()
-                root = Path() if self.inplace else Path(self.build_lib)
+                in_source = self.inplace or self.editable_mode
+                root = Path() if in_source else Path(self.build_lib)
                 compile_cuda(archs, root / "seaattn_kernels/cuda")
             except (Exception, SystemExit) as error:
                 if forced:
