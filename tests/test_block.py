@@ -194,7 +194,7 @@ def test_slope_of_a_leaky_relu():
     assert_right(module, torch.randn(2, 16, 6, 5, device=DEVICE))
 
 
-CHOICES = sorted({*block._PRODUCT, *block._FINISH, *block._EXACT})
+CHOICES = sorted({choice[:4] for choice in (*block._PRODUCT, *block._FINISH, *block._EXACT)})
 
 
 @pytest.mark.slow
@@ -318,18 +318,35 @@ def test_tiles_fill_a_gpu_where_the_map_can(monkeypatch):
 
     for choices in (block._PRODUCT, block._FINISH):
         large, count = programs(choices, 65536, 256)
-        assert large == choices[0]
+        assert large == choices[0][:4]
         assert count >= 132
         small, count = programs(choices, 1024, 256)
         assert small.m * small.n < large.m * large.n
-        assert count >= 132
+        assert count >= 0.75 * 132
         assert programs(choices, 16, 16)[0][:2] == (16, 16)
         half, single = (
             programs(choices, 65536, 256, "tf32", dtype)[0]
             for dtype in (torch.float16, torch.float32)
         )
         assert single.k == half.k // 2
-    assert programs(block._FINISH, 65536, 256, "ieee", torch.float32)[0] == block._EXACT[0]
+    assert programs(block._FINISH, 65536, 256, "ieee", torch.float32)[0] == block._EXACT[0][:4]
+
+
+@pytest.mark.parametrize(
+    ("pixels", "tile"),
+    [
+        (49, (16, 32, 128, 8)),
+        (256, (16, 32, 128, 8)),
+        (1024, (16, 128, 64, 8)),
+        (4096, (64, 128, 64, 8)),
+        (16384, (64, 128, 32, 8)),
+    ],
+)
+def test_the_tiles_of_finish_are_those_that_were_fast(pixels, tile, monkeypatch):
+    """Of block B1 in float16 on an H200."""
+    monkeypatch.setattr(block, "INTERPRETED", False)
+    found = block.product_tile(block._FINISH, pixels, 192, 132, torch.float16, "ieee")
+    assert found == tile
 
 
 class Counter:

@@ -337,35 +337,42 @@ class ProductTile(NamedTuple):
         }  # fmt: skip
 
 
-# From the best reuse to the most programs: in half precision or TF32, and in exact float32, whose
-# products keep whole rows of both factors in registers.
-_PRODUCT = ((128, 128, 64, 8), (64, 128, 64, 8), (64, 64, 64, 4), (32, 64, 64, 4), (32, 32, 64, 4))
-_PRODUCT += ((16, 32, 64, 4),)
-_FINISH = ((64, 128, 32, 8), (64, 64, 32, 8), (32, 64, 32, 4), (16, 64, 64, 4), (16, 32, 128, 8))
-_FINISH += ((16, 16, 128, 8),)
-_EXACT = ((64, 64, 16, 8), (32, 64, 16, 4), (32, 32, 16, 4), (16, 32, 32, 4), (16, 16, 32, 4))
+# From the best reuse to the most programs: tiles, and how many programs a multiprocessor must get
+# of one. In half precision or TF32, and in exact float32, whose products keep whole rows of both
+# factors in registers. Those of finish: docs/notes/h200.md.
+_PRODUCT = (
+    (128, 128, 64, 8, 1), (64, 128, 64, 8, 1), (64, 64, 64, 4, 1), (32, 64, 64, 4, 1),
+    (32, 32, 64, 4, 1), (16, 32, 64, 4, 1),
+)  # fmt: skip
+_FINISH = (
+    (64, 128, 32, 8, 2), (64, 128, 64, 8, 0.75), (16, 128, 64, 8, 0.75), (16, 32, 128, 8, 0),
+)  # fmt: skip
+_EXACT = (
+    (64, 64, 16, 8, 1), (32, 64, 16, 4, 1), (32, 32, 16, 4, 1), (16, 32, 32, 4, 1),
+    (16, 16, 32, 4, 1),
+)  # fmt: skip
 
 
 @lru_cache(1024)
 def product_tile(
-    choices: tuple[tuple[int, ...], ...],
+    choices: tuple[tuple[float, ...], ...],
     m: int,
     n: int,
     processors: int,
     dtype: torch.dtype,
     precision: str,
 ) -> ProductTile:
-    """The first of the choices that gives every multiprocessor a program, or else the last."""
+    """The first of the choices that gives every multiprocessor its programs, or else the last."""
     wide = dtype is torch.float32
     exact = wide and precision == "ieee"
     widest = power_of_2(n, least=16)
     if INTERPRETED:  # which takes as long for a large tile as for a small one
         return ProductTile(256, widest, 128, 4)
-    for block_m, block_n, block_k, warps in _EXACT if exact else choices:
+    for block_m, block_n, block_k, warps, share in _EXACT if exact else choices:
         # A step of TF32 takes half the elements in as many bytes.
         block_k = block_k // 2 if wide and not exact else block_k
         found = ProductTile(block_m, min(block_n, widest), block_k, warps)
-        if found.programs(m, n) >= processors:
+        if found.programs(m, n) >= share * processors:
             break
     return found
 
@@ -438,7 +445,7 @@ def sea_attention(
     else:
         way = "squeezed"
 
-    def tile_of(choices: tuple[tuple[int, ...], ...], m: int, n: int) -> ProductTile:
+    def tile_of(choices: tuple[tuple[float, ...], ...], m: int, n: int) -> ProductTile:
         return product_tile(choices, m, n, multiprocessors(x.device), x.dtype, of_maps)
 
     def project(qkv: Tensor) -> None:
