@@ -20,7 +20,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from seaattn_kernels.kernels.launch import cdiv, launch, multiprocessors, power_of_2
+from seaattn_kernels.kernels.launch import (
+    all_registers,
+    cdiv,
+    launch,
+    multiprocessors,
+    power_of_2,
+)
 from seaattn_kernels.kernels.normalize import load_affine, merge_parts
 from seaattn_kernels.kernels.squeeze import Cut, Tile, by_channels, walk
 
@@ -216,7 +222,7 @@ def depthwise_backward(
     launch(
         depthwise_backward_kernel, groups * programs, gradient, y, affine, weight, out, parts,
         b, c, h, w, way.band, way.bands, way.strips, groups,
-        *gradient.stride(), *y.stride(), *out.stride(), **_constants(way),
+        *gradient.stride(), *y.stride(), *out.stride(), **_constants(way), **all_registers(y),
     )  # fmt: skip
     dweight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
     merge_parts(parts, dweight)
