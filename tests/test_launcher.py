@@ -139,7 +139,9 @@ def define():
     return library
 
 
-@pytest.fixture(scope="module")
+# One for the process, whatever tests come between these: the library keeps to the driver that it
+# found first.
+@pytest.fixture(scope="session")
 def stand_in(tmp_path_factory):
     path = tmp_path_factory.mktemp("driver") / "libcuda.so.1"
     compiler = os.environ.get("CXX", "g++").split()
