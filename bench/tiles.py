@@ -60,14 +60,14 @@ def measure(name: str, batch: int, height: int, width: int, seconds: float) -> T
     """Time the tiles of a block in float16 on random weights."""
     case = CASES[name]
     block = block_of(case).to("cuda", torch.float16)
-    block.backend = "cuda"
     x = torch.randn(batch, case.channels, height, width, device="cuda", dtype=torch.float16)
     found: list[tuple] = []
     with torch.no_grad(), mock.patch.object(cuda, "finish", lambda *given: found.append(given)):
-        weights = block._folds.get(block).weights(x.dtype, height, width, "cuda")
+        folded = block._folds.get(block)
         torch.ops.seaattn_kernels.sea_attention_plan.cuda(
-            x, weights, case.heads, case.key_dim, *_constants(block)
-        )
+            x, folded.weights(x.dtype, height, width, "cuda"), folded.heads, folded.key_dim,
+            folded.activation_code, folded.negative_slope, folded.hard,
+        )  # fmt: skip
     (given,) = found
 
     def launches(tile: cuda.Tile) -> None:
@@ -79,11 +79,6 @@ def measure(name: str, batch: int, height: int, width: int, seconds: float) -> T
     timings = interleave(calls, "cuda", seconds)
     us = {tile: 1e6 * timings[_name(tile)].median / _LAUNCHES for tile in tiles}
     return Timed(case, batch, height, width, us)
-
-
-def _constants(block: torch.nn.Module) -> tuple[int, float, bool]:
-    folded = block._folds.get(block)
-    return folded.activation_code, folded.negative_slope, folded.hard
 
 
 def fit(timed: Iterable[Timed], processors: int) -> tuple[float, dict[tuple[int, int], float]]:

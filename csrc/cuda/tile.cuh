@@ -8,8 +8,7 @@
 
 namespace seaattn {
 
-constexpr int kChannels = 64;  // of a row
-constexpr int kRow = 128;      // bytes
+constexpr int kRow = 128;  // bytes: of 64 channels
 
 // Where piece `piece` of a row lies; `key` is the row, or what takes its place modulo 8.
 __device__ inline int swizzled(int piece, int key) {

@@ -22,6 +22,10 @@ Two ways to the axis vectors, by :func:`plan`:
                  Small maps, where a launch costs more than reading the map again
     squeezed     squeeze sums the projected map: project, squeeze, attend, encode, finish
 
+Where csrc/cuda finishes the block, squeezed or
+
+    clustered    one launch of csrc/cuda for attend and encode: project, axis, finish
+
 Pixels are counted through the batch. Products accumulate in float32; axis vectors, the depthwise
 stage and everything after a product are float32; o, e and the operands of products are in the dtype
 of x, as the map is.
@@ -494,19 +498,7 @@ def sea_attention(
         )  # fmt: skip
 
     map_size, axis_size = pixels * projected, (rows + columns) * pitch
-    if way == "clustered":
-        qkv, attended, encoded = carve(x, map_size, axis_size, axis_size)
-        project(qkv)
-        cuda.axis(
-            qkv, (b, h, w), position, encode_weight, encode_bias, heads, key_dim, activation,
-            attended, encoded,
-        )  # fmt: skip
-    elif way == "direct":
-        qkv, attended, encoded = carve(x, map_size, axis_size, axis_size)
-        project(qkv)
-        attend(qkv, qkv, attended, 1, 1)
-        encode(attended, encoded)
-    else:
+    if way == "squeezed":
         shape, strides = (b, projected, h, w), (h * w * projected, 1, w * projected, projected)
         cut = squeeze.cut(shape, True, x.device)
         size = _scratch_size(shape, cut, x.dtype)
@@ -516,5 +508,16 @@ def sea_attention(
         means = _means(qkv.as_strided(shape, strides), cut, scratch[:size].view(torch.float32))
         attend(*means, attended, cut.strips, cut.bands)
         encode(attended, encoded)
+    else:
+        qkv, attended, encoded = carve(x, map_size, axis_size, axis_size)
+        project(qkv)
+        if way == "direct":
+            attend(qkv, qkv, attended, 1, 1)
+            encode(attended, encoded)
+        else:
+            cuda.axis(
+                qkv, (b, h, w), position, encode_weight, encode_bias, heads, key_dim, activation,
+                attended, encoded,
+            )  # fmt: skip
     finish(qkv, encoded)
     return out
