@@ -3,6 +3,7 @@
 Every message names the argument and shows the offending value.
 """
 
+import reprlib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from numbers import Integral, Real
@@ -17,7 +18,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 def describe(x) -> str:
     if not isinstance(x, Tensor):
-        return f"{type(x).__name__} {x!r}"
+        return f"{type(x).__name__} {reprlib.repr(x)}"  # an array has many numbers
     return f"shape {tuple(x.shape)}, {x.dtype}, {x.device}"
 
 

@@ -7,7 +7,6 @@ once more to each dtype that is asked for; biases and position tables are not.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from operator import itemgetter
 from typing import NamedTuple
 
 import torch
@@ -16,27 +15,18 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from seaattn_kernels import reference
-from seaattn_kernels.anatomy import (
-    NORMS,
-    OWN,
-    Anatomy,
-    ConvNorm,
-    Obstacle,
-    changed,
-    dissect,
-    plain_attributes,
-)
+from seaattn_kernels import native, reference, watch
+from seaattn_kernels.anatomy import OWN, Anatomy, ConvNorm, Obstacle, changed, dissect
 
 #: How many map sizes keep their interpolated position tables.
 MAP_SIZES = 64
 
 #: Optimizer steps in this process. Fused optimizers write without moving a version.
-_steps = [0]
+_steps = {"count": 0}
 
 
 def _count_step(*_) -> None:
-    _steps[0] += 1
+    _steps["count"] += 1
 
 
 register_optimizer_step_post_hook(_count_step)
@@ -177,6 +167,10 @@ _KINDS = {
 _Key = tuple[torch.dtype, int, int, str]
 
 
+def _calls() -> object:
+    return None if native.LIBRARY is None or traced() else native.LIBRARY.Calls(MAP_SIZES)
+
+
 @dataclass(frozen=True, eq=False)
 class FoldedWeights:
     """A block in eval mode: twelve folded tensors, four raw position tables, and its constants."""
@@ -191,7 +185,8 @@ class FoldedWeights:
     module_dtype: torch.dtype
     _casts: dict = field(default_factory=dict, init=False, repr=False)
     _ready: dict = field(default_factory=dict, init=False, repr=False)
-    _calls: dict = field(default_factory=dict, init=False, repr=False)
+    #: What was settled for the last :data:`MAP_SIZES` maps; None without the library.
+    calls: object = field(default_factory=_calls, init=False, repr=False)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -235,15 +230,6 @@ class FoldedWeights:
             ready = self._make(key, self._casts[dtype, kind])
         _keep(self._ready, key, ready)
         return ready
-
-    def recall(self, key: tuple) -> tuple | None:
-        """What :meth:`remember` was last told for this key, in an ordinary call."""
-        return None if traced() else self._calls.get(key)
-
-    def remember(self, key: tuple, call: tuple) -> None:
-        """Keep what was settled for a map; for the last :data:`MAP_SIZES` of them."""
-        if not traced():
-            _keep(self._calls, key, call)
 
     def _make(self, key: _Key, casts: list[Tensor]) -> Weights:
         _, height, width, backend = key
@@ -406,108 +392,6 @@ def _sources(anatomy: Anatomy) -> Iterator[Tensor]:
     yield from anatomy.tables
 
 
-#: What a fold takes from a convolution beside its tensors.
-_geometry = itemgetter("stride", "padding", "dilation", "groups", "padding_mode")
-
-
-class _StructureWatch:
-    """Everything that an anatomy was read from, so that a change is seen in microseconds."""
-
-    def __init__(
-        self, block: nn.Module, trusted: frozenset[type], facts: dict[str, object] | None
-    ) -> None:
-        self.block = block
-        self.own_children = block._modules
-        self.layers = tuple(block.modules())
-        self.kinds = tuple(map(type, self.layers))
-        self.children: list[tuple[dict, tuple[nn.Module, ...]]] = []
-        self.scalars: list[tuple[dict, str, object]] = []
-        self.geometries: list[tuple[dict, tuple]] = []
-        self.attributes: list[dict] = []
-        self.hooks: list[dict] = []
-        for layer in self.layers:
-            if layer._modules:
-                self.children.append((layer._modules, tuple(layer._modules.values())))
-            for name in ("scale", "num_heads", "negative_slope", "min_val", "max_val"):
-                if name in layer.__dict__:
-                    self.scalars.append((layer.__dict__, name, layer.__dict__[name]))
-            if isinstance(layer, nn.Conv2d) and layer.kernel_size != (1, 1):
-                self.geometries.append((layer.__dict__, _geometry(layer.__dict__)))
-            if layer is not block:
-                self.attributes.append(layer.__dict__)
-                self.hooks += [layer._forward_hooks, layer._forward_pre_hooks]
-                self.hooks += [layer._backward_hooks, layer._backward_pre_hooks]
-        self.forwards = [(kind, kind.forward) for kind in trusted]
-        for layer in () if facts is None else self.layers:
-            if layer is block or type(layer) in trusted:
-                attributes = plain_attributes(layer).items()
-                self.scalars += [(layer.__dict__, name, value) for name, value in attributes]
-
-    def current(self, block: nn.Module) -> bool:
-        # The first line tells a block that was copied by its attributes, cache and all.
-        if block is not self.block or block._modules is not self.own_children:
-            return False
-        if tuple(map(type, self.layers)) != self.kinds:
-            return False
-        for table, children in self.children:
-            if tuple(table.values()) != children:
-                return False
-        for attributes, name, value in self.scalars:
-            if attributes.get(name) != value:
-                return False
-        for attributes, geometry in self.geometries:
-            if _geometry(attributes) != geometry:
-                return False
-        for kind, forward in self.forwards:
-            if kind.forward is not forward:
-                return False
-        for attributes in self.attributes:
-            if "forward" in attributes:
-                return False
-        return not any(self.hooks)
-
-
-class _WeightWatch:
-    """The tensors and numbers that a fold was made from."""
-
-    def __init__(self, block: nn.Module) -> None:
-        self.steps = _steps[0]
-        self.versions: list[tuple[dict, str, Tensor, int]] = []
-        self.absent: list[tuple[dict, str]] = []
-        self.norms: list[tuple[dict, float]] = []
-        for layer in block.modules():
-            for table in (layer._parameters, layer._buffers):
-                for key, tensor in table.items():
-                    if key == "num_batches_tracked":
-                        continue
-                    if tensor is None:
-                        self.absent.append((table, key))
-                    elif not tensor.is_inference():
-                        self.versions.append((table, key, tensor, tensor._version))
-            if isinstance(layer, NORMS):
-                self.norms.append((layer.__dict__, layer.eps))
-
-    def complete(self, anatomy: Anatomy) -> bool:
-        """Whether every tensor of a fold is watched: not so inference tensors, which have no
-        version, and weights that are plain attributes, as in replicas."""
-        watched = {id(tensor) for _, _, tensor, _ in self.versions}
-        return all(id(tensor) in watched for tensor in _sources(anatomy))
-
-    def current(self) -> bool:
-        if self.steps != _steps[0]:
-            return False
-        for table, key, tensor, version in self.versions:
-            if table.get(key) is not tensor or tensor._version != version:
-                return False
-        for table, key in self.absent:
-            if table.get(key) is not None:
-                return False
-        for attributes, eps in self.norms:
-            if attributes["training"] or attributes["eps"] != eps:
-                return False
-        return True
-
-
 class FoldCache:
     """The anatomy and the folded weights of one block: made when asked for, dropped when stale.
 
@@ -533,8 +417,9 @@ class FoldCache:
         self.trusted = frozenset(trusted)
         self.hard = hard
         self.facts = facts
-        self._anatomy: tuple[_StructureWatch, Anatomy] | None = None
-        self._record: tuple[_WeightWatch, FoldedWeights] | None = None
+        # A block that was copied by its attributes, this cache among them, is another one.
+        self._anatomy: tuple[nn.Module, watch.Watch, Anatomy] | None = None
+        self._record: tuple[watch.Watch, FoldedWeights] | None = None
 
     def anatomy(self, block: nn.Module) -> Anatomy:
         """The parts of the block as it is now. Raises :class:`Obstacle`."""
@@ -542,11 +427,11 @@ class FoldCache:
         if traced():
             return self._dissect(block)
         known = self._anatomy
-        if known is None or not known[0].current(block):
+        if known is None or known[0] is not block or not known[1].current():
             self._record = None
-            known = _StructureWatch(block, self.trusted, self.facts), self._dissect(block)
-            self._anatomy = known
-        return known[1]
+            seen = watch.structure(block, self.trusted, self.facts is not None)
+            known = self._anatomy = block, seen, self._dissect(block)
+        return known[2]
 
     def _dissect(self, block: nn.Module) -> Anatomy:
         anatomy = dissect(block, self.trusted, self.hard)
@@ -562,22 +447,36 @@ class FoldCache:
         Raises :class:`Obstacle` where the layers are not those of a block.
         """
         recorded = traced()
-        known, record = self._anatomy, self._record
-        kept = not recorded and known is not None and record is not None
-        if kept and known[0].current(block) and record[0].current():
-            return record[1]
+        record = self._record
         anatomy = self.anatomy(block)
+        if not recorded and record is self._record is not None and record[0].current():
+            return record[1]
         if obstacle(anatomy) is not None:
             return None
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in _sources(anatomy)):
             return None
         if recorded:
             return fold(anatomy)
-        watch = _WeightWatch(block)
+        seen, watched = watch.weights(block, _steps)
         folded = fold(anatomy)
-        if watch.complete(anatomy):
-            self._record = (watch, folded)
+        # Not those of inference mode, nor weights that are plain attributes, as in replicas.
+        if all(id(tensor) in watched for tensor in _sources(anatomy)):
+            self._record = seen, folded
         return folded
+
+    def repeat(self, block: nn.Module, x: Tensor, backend: str) -> Tensor | None:
+        """The block, where nothing but the values of the map differs from a call before.
+
+        Otherwise None, and always without the library. For calls without gradients that are not
+        compiled.
+        """
+        known, record = self._anatomy, self._record
+        if known is None or record is None or known[0] is not block:
+            return None
+        calls = record[1].calls
+        if calls is None or not (known[1].current() and record[0].current()):
+            return None
+        return calls.repeat(x, backend)
 
     def drop(self) -> None:
         """Forget everything."""

@@ -34,6 +34,10 @@ def run(
     In eval mode without gradients from folded weights, otherwise by the training pass. For ONNX and
     under ``torch.jit.trace`` by ``eager``, whatever the backend: what is written is read by others.
     """
+    if not (torch.compiler.is_compiling() or torch.is_grad_enabled()):
+        out = folds.repeat(block, x, backend)
+        if out is not None:
+            return out
     if backend in ("auto", "reference") and ops.transformed():
         return eager(x)
     # Other runtimes know standard operators only.

@@ -2,7 +2,9 @@
 
 import re
 from importlib.machinery import EXTENSION_SUFFIXES
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -32,26 +34,28 @@ def mismatch(build: dict[str, str], torch_version: str) -> str | None:
     )
 
 
-def _load() -> tuple[dict[str, str], str | None]:
+def _load() -> tuple[ModuleType | None, dict[str, str], str | None]:
     folder = Path(__file__).parent
     path = next((p for s in EXTENSION_SUFFIXES if (p := folder / f"_C{s}").exists()), None)
     if path is None:
-        return {}, (
+        return None, {}, (
             f"the compiled library is not built in {folder}"
             " (installing with a C++ compiler and torch present builds it)"
-        )
+        )  # fmt: skip
     build = read_build(path)
     reason = mismatch(build, torch.__version__)
-    if reason is None:
-        try:
-            torch.ops.load_library(path)
-        except OSError as error:
-            reason = f"the compiled library does not load: {error}"
-    return build, reason
+    if reason is not None:
+        return None, build, reason
+    try:
+        spec = spec_from_file_location("seaattn_kernels._C", path)
+        return module_from_spec(spec), build, None
+    except ImportError as error:
+        return None, build, f"the compiled library does not load: {error}"
 
 
-#: How the library was built (empty without one), and why it cannot be used (None where it can).
-BUILD, REASON = _load()
+#: The library as a module, how it was built (empty without one), and why it cannot be used. Without
+#: a reason there is a module.
+LIBRARY, BUILD, REASON = _load()
 
 
 def _cuda_reason() -> str | None:

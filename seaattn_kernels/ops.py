@@ -525,46 +525,29 @@ def sea_attention(x: Tensor, folded, backend: str = "auto") -> Tensor:
     """
     if not hasattr(folded, "module_dtype"):
         raise TypeError(f"folded must be a fold.FoldedWeights, got {describe(folded)}")
-    key = _key(x, backend)
-    call = None if key is None else folded.recall(key)
-    if call is None:
-        check_input(x, folded.convolutions[0], folded.module_dtype)
+    calls = None if torch.compiler.is_compiling() else folded.calls
+    if calls is not None and (out := calls.repeat(x, backend)) is not None:
+        return out
+    check_input(x, folded.convolutions[0], folded.module_dtype)
     if x.requires_grad and torch.is_grad_enabled():
         raise RuntimeError("sea_attention has no backward: call the module, or use torch.no_grad()")
-    if call is not None:
-        overload, arguments = call
-        return overload(x, *arguments)
     target = autocast_dtype(x.device)
     if target is not None and x.dtype is not torch.float64:
         x = x.to(target)
-    if backend == _AUTO == "auto" and _folded_is_faster(x, folded):
-        backend = "reference"
+    folded_pytorch = backend == _AUTO == "auto" and _folded_is_faster(x, folded)
+    asked = "reference" if folded_pytorch else backend
     head = folded.key_dim, folded.value_dim
     obstacle = folded.cuda_obstacle(*x.shape[2:]) if x.device.type == "cuda" else None
-    overload, backend = _select("sea_attention", backend, x, head, obstacle)
-    arguments = (
-        folded.weights(x.dtype, x.shape[2], x.shape[3], backend),
+    overload, chosen = _select("sea_attention", asked, x, head, obstacle)
+    weights = folded.weights(x.dtype, x.shape[2], x.shape[3], chosen)
+    numbers = (
         folded.heads,
         folded.key_dim,
         folded.activation_code,
         folded.negative_slope,
         folded.hard,
     )
-    if key is not None:
-        folded.remember(key, (overload, arguments))
+    if calls is not None:
+        calls.keep(x, backend, chosen, weights, numbers)
     with autocast_off(x.device):
-        return overload(x, *arguments)
-
-
-def _key(x: Tensor, backend: str) -> tuple | None:
-    """What the checks of a map and the choice of its overload depend on.
-
-    None where they depend on more: on autocast, on a transform.
-    """
-    device = x.device
-    if type(x) is not Tensor or transformed() or autocast_dtype(device) is not None:
-        return None
-    # Of :func:`_folded_is_faster`.
-    single = x.dtype is torch.float32 and device.type == "cuda"
-    exact = single and backend == "auto" and _exact_convolutions()
-    return x.shape, x.dtype, device, backend, _AUTO, exact
+        return overload(x, weights, *numbers)

@@ -377,8 +377,10 @@ def test_two_threads_at_once(driver, plans):
     """Each launches on its own map, one of a new size among them now and then."""
     driver.dry = True
     maps = {}
+    start = threading.Barrier(2)  # so that they are two: a name is given anew after an end
 
     def work(height):
+        start.wait()
         mine = maps[threading.get_ident()] = []
         for call in range(40):
             x = torch.randn(1, 16, height, 12 + call // 10)

@@ -72,7 +72,8 @@ def test_a_library_for_another_torch_is_not_loaded(tmp_path, library):
 
 def test_a_missing_library_is_a_reason(monkeypatch):
     monkeypatch.setattr(native, "EXTENSION_SUFFIXES", [".nowhere"])
-    build, reason = native._load()
+    library, build, reason = native._load()
+    assert library is None
     assert build == {}
     assert "not built" in reason
 

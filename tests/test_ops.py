@@ -1,5 +1,6 @@
 """The operators' contract: schemas, fakes, autograd, autocast, layouts, checks, backends."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -1014,7 +1015,7 @@ def test_crossover_is_for_auto_alone(monkeypatch):
     ops.sea_attention(x, folded)
     ops.sea_attention(x, folded, "triton")
     monkeypatch.setattr(ops, "_AUTO", "triton")
-    ops.sea_attention(x, folded)
+    ops.sea_attention(x, dataclasses.replace(folded))  # in which nothing is settled yet
     assert asked == ["reference", "triton", "auto"]
 
 
@@ -1059,4 +1060,68 @@ def test_what_was_settled_for_a_map_is_not_settled_again(monkeypatch):
     with torch.no_grad():
         for width in range(100):
             ops.sea_attention(torch.randn(1, 16, 1, width + 1), folded)
-    assert len(folded._calls) == fold.MAP_SIZES
+    assert len(folded.calls) == fold.MAP_SIZES
+
+
+class Counted(torch.utils._python_dispatch.TorchDispatchMode):
+    """The operators that were called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*arguments, **(kwargs or {}))
+
+
+class Seen(torch.overrides.TorchFunctionMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_function__(self, function, types, arguments=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*arguments, **(kwargs or {}))
+
+
+@torch.no_grad()
+def test_a_repeated_call_is_seen_by_all_who_watch(library):
+    block = verify.randomise(SeaAttention(16)).eval()
+    x = torch.randn(2, 16, 5, 6)
+    expected = block(x)
+    name = "seaattn_kernels.sea_attention.cpu"
+    for mode in (Counted(), Seen()):
+        with mode:
+            assert torch.equal(block(x), expected)
+        assert name in mode.names
+    with torch.profiler.profile() as profile:
+        block(x)
+    assert "seaattn_kernels::sea_attention" in {event.key for event in profile.key_averages()}
+    with FlopCounterMode(display=False) as counter:
+        block(x)
+    assert counter.get_total_flops() > 0
+    torch.testing.assert_close(torch.func.vmap(block)(x[None])[0], expected, rtol=1e-4, atol=1e-4)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        assert torch.autograd.forward_ad.unpack_dual(block(dual)).tangent is not None
+    assert type(block(torch.nn.Parameter(x))) is torch.Tensor
+    assert torch.equal(block(x[:, :, :, ::1]), expected)
+    with pytest.raises(TypeError, match="x must be a tensor .*, got ndarray") as error:
+        block(x.numpy())
+    assert len(str(error.value)) < 120
+
+
+@torch.no_grad()
+def test_an_error_of_a_repeated_call_is_raised(library, monkeypatch):
+    block = verify.randomise(SeaAttention(16)).eval()
+    x = torch.randn(2, 16, 5, 6)
+    folded = block._folds.get(block)
+    weights = folded.weights(x.dtype, 5, 6, "cpu")
+    folded.calls.keep(x, "auto", "cpu", weights[:3], (4, 16, 1, 0.0, True))
+    with pytest.raises(RuntimeError):
+        folded.calls.repeat(x, "auto")
+    with pytest.raises(TypeError):
+        folded.calls.keep(x, "auto", "cpu", (1,), (4, 16, 1, 0.0, True))
+    with pytest.raises(RuntimeError, match="nowhere"):
+        folded.calls.keep(x, "auto", "nowhere", weights, (4, 16, 1, 0.0, True))

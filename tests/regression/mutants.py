@@ -45,6 +45,7 @@ _REFERENCE = "seaattn_kernels/reference.py"
 _NORMALIZED = "seaattn_kernels/normalized.py"
 _TRAINING = "seaattn_kernels/training.py"
 _FOLD = "seaattn_kernels/fold.py"
+_WATCH = "seaattn_kernels/watch.py"
 _NORMS = "seaattn_kernels/norms.py"
 _MODULE = "seaattn_kernels/module.py"
 _OVERLOADS = "seaattn_kernels/overloads.py"
@@ -144,25 +145,25 @@ PYTHON = (
     ),
     Mutant(
         "stale-after-in-place",
-        _FOLD,
-        "if table.get(key) is not tensor or tensor._version != version:",
-        "if table.get(key) is not tensor:",
+        _WATCH,
+        "if tensor is not None and id(tensor) not in counts and not tensor.is_inference()",
+        "if tensor is not None and id(tensor) not in counts and tensor.is_inference()",
         "an update in place is not seen",
         "folded_weights_follow",
     ),
     Mutant(
         "stale-after-optimizer",
-        _FOLD,
-        "if self.steps != _steps[0]:",
-        "if False:",
+        _WATCH,
+        'attributes = [(steps, "count", steps["count"])]',
+        "attributes = []",
         "a fused optimizer's step is not seen",
         "folded_weights_follow",
     ),
     Mutant(
         "stale-after-eps",
-        _FOLD,
-        'if attributes["training"] or attributes["eps"] != eps:',
-        'if attributes["training"]:',
+        _WATCH,
+        'for name in ("training", "eps")',
+        'for name in ("training",)',
         "another eps is not seen",
         "folded_weights_follow",
     ),
@@ -485,6 +486,14 @@ CPU = (
         "row[l] = exponential(row[l]);",
         "the softmax does not take off the maximum",
         "test_operator and cpu and axial_attention",
+    ),
+    Mutant(
+        "stale-after-in-place-cpu",
+        "csrc/python/module.cpp",
+        "_version() != (*self.versions)[i]",
+        "_version() < (*self.versions)[i]",
+        "the library does not see an update in place",
+        "folded_weights_follow",
     ),
     Mutant(
         "tables-of-one-image-cpu",

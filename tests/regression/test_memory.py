@@ -71,7 +71,7 @@ def test_a_thousand_shapes():
     assert grown < MOST, f"{grown / 2**20:.1f} MiB more after {SHAPES - WARM} shapes"
     folded = still._folds.get(still)
     assert 0 < len(folded._ready) <= fold.MAP_SIZES
-    assert 0 < len(folded._calls) <= fold.MAP_SIZES
+    assert 0 < len(folded.calls) <= fold.MAP_SIZES
     assert len(folded._casts) <= 1
 
 
