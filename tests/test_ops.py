@@ -1107,7 +1107,7 @@ def test_a_repeated_call_is_seen_by_all_who_watch(library):
         assert torch.autograd.forward_ad.unpack_dual(block(dual)).tangent is not None
     assert type(block(torch.nn.Parameter(x))) is torch.Tensor
     assert torch.equal(block(x[:, :, :, ::1]), expected)
-    with pytest.raises(TypeError, match="x must be a tensor .*, got ndarray") as error:
+    with pytest.raises(TypeError, match=r"x must be a tensor .*, got ndarray") as error:
         block(x.numpy())
     assert len(str(error.value)) < 120
 
