@@ -1,4 +1,4 @@
-"""Every kernel of the block under NVIDIA's compute-sanitizer, where that is installed.
+"""Every kernel under NVIDIA's compute-sanitizer, where that is installed.
 
 memcheck    addresses outside of a tensor
 racecheck   shared memory that threads read and write in no order
@@ -12,7 +12,7 @@ import sys
 
 import torch
 
-from seaattn_kernels import SeaAttention, ops
+from seaattn_kernels import SeaAttention, ops, verify
 
 _OPTIONS = {
     "memcheck": ("--padding", "1024", "--report-api-errors", "no"),
@@ -23,9 +23,19 @@ _OPTIONS = {
 _SHAPES = ((2, 64, 12, 10), (1, 64, 40, 36))
 
 
-def blocks(name: str = "cuda") -> None:
-    """A forward of each backend that runs here."""
+def run(name: str = "cuda") -> None:
+    """Operators and a training step of Triton, the block of each backend that runs here."""
     device = torch.device(name)
+    for case in verify.OPERATOR_CASES:
+        if case.name in ops.OPERATORS["triton"]:
+            leaves = [x.requires_grad_() for x in case.inputs(0, name, torch.float16)]
+            out = case.run(leaves, "triton")
+            torch.autograd.grad(out, leaves, [torch.randn_like(y) for y in out])
+    wide = torch.randn(1, 8, 3, 600, dtype=torch.float16, device=device)  # of several strips
+    ops.axial_squeeze(wide, backend="triton")
+    block = SeaAttention(64, 16, 4, backend="triton").to(device, torch.float16)
+    for shape in _SHAPES:
+        block(torch.randn(shape, dtype=torch.float16, device=device)).sum().backward()
     for backend in ("triton", "cuda"):
         if reason := ops.refusal("sea_attention", backend, device, torch.float16):
             print(f"{backend} is not run: {reason}")
@@ -42,7 +52,7 @@ def main() -> int:
     if sanitizer is None:
         print("the kernels are not checked: there is no compute-sanitizer")
         return 0
-    code = "from bench.sanitize import blocks; blocks()"
+    code = "from bench.sanitize import run; run()"
     # Each tensor an allocation of its own, whose end the tools know.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     running = {

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from collections import Counter
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ from bench.measure import PROVIDERS, available, measure, refusal
 from bench.works import OPERATORS, Block, Operator, block_of
 from seaattn_kernels import SeaAttention, native
 from seaattn_kernels.budget import SEEDS
+from seaattn_kernels.kernels import launch
 from seaattn_kernels.patch import Swapped
 
 # --- cases -----------------------------------------------------------------------------------
@@ -882,7 +884,8 @@ def test_wrong_arguments_are_a_line(arguments, monkeypatch, capsys):
 # --- the run on a GPU ------------------------------------------------------------------------
 
 
-def test_gpu_script_runs_every_part_and_reports(tmp_path):
+@pytest.mark.parametrize("half", ["check", "time", None])
+def test_gpu_script_runs_every_part_and_reports(half, tmp_path):
     """With a Python that notes what it is asked for: no part stops the others."""
     (tmp_path / "bench").mkdir()
     script = tmp_path / "bench" / "gpu.sh"
@@ -895,49 +898,58 @@ def test_gpu_script_runs_every_part_and_reports(tmp_path):
     stub.chmod(0o755)
     out = tmp_path / "out"
     done = subprocess.run(
-        ["bash", script, "--out", out],
+        ["bash", script, "--out", out, *([half] if half else [])],
         env={**os.environ, "PYTHON": str(stub)}, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert done.returncode == 1
     summary = done.stdout[done.stdout.index("== some-gpu, sm_90") :]
     parts = {line.split()[0]: int(line.split()[2]) for line in summary.splitlines()[1:]}
-    assert list(parts) == [
-        "library", "kernels", "tests", "sanitizer",
-        "all", "latency", "batch-64", "compiled", "autotune",
+    check = ["library", "kernels", "tests", "sanitizer", "demo"]
+    time = [
+        "library", "all", "float32", "bfloat16", "batch-16", "batch-64", "compiled", "autotune",
+        "tiles",
     ]  # fmt: skip
+    assert list(parts) == {"check": check, "time": time, None: check + time[1:]}[half]
     # In this folder there is nothing to make.
-    assert (parts["tests"], parts["library"] > 0) == (3, True)
-    assert not any(parts[name] for name in parts if name not in ("tests", "library"))
+    made = parts.keys() & {"library", "demo"}
+    assert all(parts[name] > 0 for name in made)
+    assert all(parts[name] == 3 * (name == "tests") for name in parts.keys() - made)
     asked = (tmp_path / "asked").read_text()
-    assert "static --targets sm_90 --all" in asked
-    (tests,) = re.findall(r"pytest -q -m gpu .*", asked)
-    for name in ("triton", "block", "gpu", "cuda"):
-        assert f"tests/test_{name}.py" in tests.split()
-    assert "-m bench.sanitize" in asked
+    assert "--device cpu" not in asked
+    if half != "time":
+        assert "static --targets sm_90 --all" in asked
+        (tests,) = re.findall(r"pytest -q -m gpu .*", asked)
+        for name in ("triton", "block", "gpu", "cuda"):
+            assert f"tests/test_{name}.py" in tests.split()
+        assert "-m bench.sanitize" in asked
+    limits = dict(re.findall(r"(?:part|timed) (\S+) (\d+) ", script.read_text()))
+    assert sum(int(limits[name]) for name in parts) < 8 * 60 * (1 if half else 2)
+    if half == "check":
+        return
     timed = [
         command._parser().parse_args([*line.replace("--device cuda", "--device cpu").split()])
         for line in re.findall(r"-m bench (run .*)", asked)
     ]
-    assert "--device cpu" not in asked
-    everything, latency, *blocks = timed
+    everything, *blocks = timed
     assert set(everything.what) == set(run.WHAT)
     assert everything.modes is everything.cases is everything.maps is None
-    assert latency.dtype == "float32"
-    assert {given.dtype for given in (everything, *blocks)} == {"float16"}
-    assert [(given.batch, given.peers) for given in blocks] == [
-        (64, ["reference", "triton", "compile"]),
-        (1, ["triton", "compile"]),
-        (1, ["triton", "autotune"]),
+    assert all(given.what == ["block"] for given in blocks)
+    assert [(given.dtype, given.batch, given.peers) for given in timed] == [
+        ("float16", 1, ["reference", "triton", "cuda"]),
+        ("float32", 1, ["reference", "triton"]),
+        ("bfloat16", 1, ["triton", "cuda"]),
+        ("float16", 16, ["reference", "triton", "cuda"]),
+        ("float16", 64, ["triton", "cuda"]),
+        ("float16", 1, ["triton", "cuda", "compile"]),
+        ("float16", 1, ["triton", "cuda", "autotune"]),
     ]
-    files = [f"{out}/static.json", f"{out}/tests.txt"]
+    assert "-m bench tiles" in asked
+    files = [f"{out}/tiles.txt"]
     for given in timed:
         assert given.no_chart
         files.append(f"{given.out}/{given.dtype}-batch{given.batch}.json")
     assert len(set(files)) == len(files), "a part writes over the file of another"
     assert len(files) <= 8
-    limits = re.findall(r"^(?:part|timed) \S+ (\d+)", script.read_text(), re.MULTILINE)
-    assert len(limits) == len(parts)
-    assert sum(map(int, limits)) < 8 * 60
 
 
 @pytest.mark.parametrize("broken", [None, "racecheck"])
@@ -959,6 +971,34 @@ def test_every_tool_of_the_sanitizer_runs(broken, tmp_path, monkeypatch, capsys)
     asked = (tmp_path / "asked").read_text().splitlines()
     assert sorted(line.split()[1] for line in asked) == sorted(tools)
     assert all("--error-exitcode 1" in line and sys.executable in line for line in asked)
+
+
+@pytest.mark.slow
+def test_what_is_run_under_the_sanitizer_is_every_kernel(monkeypatch, capsys):
+    """The kernels of Triton are interpreted here; those of csrc/cuda are not run."""
+    monkeypatch.setattr(sanitize, "_SHAPES", ((1, 64, 3, 5), (1, 64, 18, 17)))
+    modules = [
+        import_module(f"seaattn_kernels.kernels.{path.stem}")
+        for path in (ROOT / "seaattn_kernels/kernels").glob("[!_]*.py")
+    ]
+    kernels = {
+        kernel: name
+        for module in modules
+        for name, kernel in vars(module).items()
+        if name.endswith("_kernel")
+    }
+    launched = set()
+
+    def note(kernel, *arguments, **constants):
+        launched.add(kernels[kernel])
+        launch.launch(kernel, *arguments, **constants)
+
+    for module in modules:
+        if vars(module).get("launch") is launch.launch and module is not launch:
+            monkeypatch.setattr(module, "launch", note)
+    sanitize.run("cpu")
+    assert launched == set(kernels.values())
+    assert "cuda is not run" in capsys.readouterr().out
 
 
 def test_sanitizer_may_be_missing(monkeypatch, capsys):
