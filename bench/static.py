@@ -324,6 +324,10 @@ def _stages_of_a_map(y: Tensor, activations: Iterable[int]) -> None:
     sums = _empty(b, c, h), _empty(b, c, w)
     normalize.moments(y)
     normalize.axial_moments(y)
+    vector = _empty(c)
+    for of_norm in (None, vector):
+        normalize.normalize_affine(vector, vector, of_norm, of_norm, b * h * w, 1e-5)
+    normalize.normalize_terms(terms, vector, b * h * w)
     for activation in activations:
         normalize.normalize(y, affine, None, None, activation, 0.1, out)
         normalize.normalize(y, affine, row, column, activation, 0.1, out)

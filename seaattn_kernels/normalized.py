@@ -5,16 +5,19 @@ normalises what it loads,
 
     n(y) = (y - mean) * scale + shift            scale = gamma / sqrt(var + eps), shift = beta
 
-by an ``affine`` of shape (3, C): mean, scale, shift, in float32 at least. Maps are (B, C, H, W) in
-any float dtype and layout; sums and statistics come in the dtype of the affine. A gradient goes
-through a BatchNorm in two steps, for in between processes may add up: the sums of ``g = dL/dn``,
+by an ``affine`` of shape (3, C): mean, scale, shift, in float32 at least
+(:func:`normalize_affine`). Maps are (B, C, H, W) in any float dtype and layout; sums and statistics
+come in the dtype of the affine. A gradient goes through a BatchNorm in two steps, for in between
+processes may add up: the sums of ``g = dL/dn``,
 
     sums = (sum g, sum g * (y - mean))                                                     (2, C)
 
 then, with m the number of elements of a channel,
 
     dy = scale * (g - terms[0] - (y - mean) * terms[1])
-    terms = (sums[0] / m, sums[1] / (var + eps) / m), zeros where statistics are constants
+    terms = (sums[0] / m, sums[1] / (var + eps) / m)                     :func:`normalize_terms`
+
+zeros where statistics are constants
 
 (Ioffe and Szegedy, arXiv 1502.03167, section 3). These are the specification of the compiled
 operators of the same names, and run where a backend has none.
@@ -67,6 +70,33 @@ def _mean(y: Tensor) -> Tensor:
     """Of each channel, to the last bit: the sum of a map rounds at its own size."""
     mean = y.mean(_MAP, dtype=wide(y.dtype))
     return mean + (y.to(mean.dtype) - mean[:, None, None]).mean(_MAP)
+
+
+def normalize_affine(
+    mean: Tensor,
+    deviations: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    count: int | Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The affine of a BatchNorm from the moments of ``count`` values a channel.
+
+    -> ``(3, C), (C,), (C,)``: mean, scale, shift; ``1/sqrt(var + eps)``; the unbiased variance.
+    """
+    inverse = (deviations / count + eps).rsqrt()
+    scale = inverse if weight is None else inverse * weight
+    shift = torch.zeros_like(mean) if bias is None else bias
+    return torch.stack([mean, scale, shift]), inverse, deviations / (count - 1)
+
+
+def normalize_terms(sums: Tensor, inverse: Tensor, count: int | Tensor) -> tuple[Tensor, Tensor]:
+    """The terms of a BatchNorm by the statistics of ``count`` values, and gamma's gradient.
+
+    ``inverse``: of :func:`normalize_affine`; -> ``(2, C), (C,)``.
+    """
+    factor = sums[1] * inverse
+    return (torch.stack([sums[0], factor * inverse]) / count).to(sums.dtype), factor
 
 
 def normalize(

@@ -98,14 +98,14 @@ def check_size(shape: Sequence[int], rule: Rule) -> None:
 def merge(
     mean: Tensor, deviations: Tensor, count: int, group: "ProcessGroup | None"
 ) -> tuple[Tensor, Tensor, Tensor | int]:
-    """Mean, biased variance and number of values a channel, over the processes of a group.
+    """Mean, sum of squared deviations and number of values a channel, over a group's processes.
 
-    From those of this process: mean, sum of squared deviations, count. The parts are merged as in
+    From those of this process. The parts are merged as in
     Chan, Golub and LeVeque (1979), in float64, in the order of the ranks: every process gets the
     same bits.
     """
     if group is None:
-        return mean, deviations / count, count
+        return mean, deviations, count
     own = torch.cat([mean, deviations, mean.new_full((1,), count)]).double()
     own[: mean.shape[0]].nan_to_num_()  # the mean of no value
     parts = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size(group))]
@@ -115,7 +115,7 @@ def merge(
     total = counts.sum()
     merged = (means * counts).sum(0) / total
     squares = squares.sum(0) + ((means - merged).square() * counts).sum(0)
-    return merged.to(mean.dtype), (squares / total).to(mean.dtype), total
+    return merged.to(mean.dtype), squares.to(mean.dtype), total
 
 
 def reduce(sums: Tensor, group: "ProcessGroup | None") -> Tensor:
@@ -128,29 +128,33 @@ def reduce(sums: Tensor, group: "ProcessGroup | None") -> Tensor:
 
 
 @torch.no_grad()
-def update(rule: Rule, mean: Tensor, var: Tensor, count: Tensor | int) -> None:
+def update(batches: Sequence[tuple[Rule, Tensor, Tensor]]) -> None:
     """Move the running averages towards the statistics of a batch, as the layers would.
 
-    By the unbiased variance.
+    Of each map its rule, the means and the unbiased variances.
     """
-    start = 0
-    unbiased = None
-    for layer in rule.layers:
-        own = slice(start, start + layer.num_features)
-        start += layer.num_features
-        if not (layer.training and layer.track_running_stats):
+    moved: list[tuple[nn.Module, Tensor, Tensor]] = []
+    for rule, mean, unbiased in batches:
+        widths = [layer.num_features for layer in rule.layers]
+        parts = zip(rule.layers, mean.split(widths), unbiased.split(widths), strict=True)
+        moved += [part for part in parts if part[0].training and part[0].track_running_stats]
+    counts = [layer.num_batches_tracked for layer, _, _ in moved]
+    if counts := [count for count in counts if count is not None]:
+        torch._foreach_add_(counts, 1)
+    # Those of one momentum together: on a GPU one launch.
+    by_factor: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
+    for layer, mean, unbiased in moved:
+        if layer.running_mean is None:
             continue
-        factor = 0.0 if layer.momentum is None else layer.momentum
-        if layer.num_batches_tracked is not None:
-            layer.num_batches_tracked.add_(1)
-            if layer.momentum is None:
-                factor = layer.num_batches_tracked.to(mean.dtype).reciprocal()
-        if layer.running_mean is not None:
-            unbiased = var * (count / (count - 1)) if unbiased is None else unbiased
-            _move(layer.running_mean, mean[own], factor)
-            _move(layer.running_var, unbiased[own].to(mean.dtype), factor)
-
-
-def _move(average: Tensor, value: Tensor, factor: float | Tensor) -> None:
-    value = value.to(average.dtype)
-    average.lerp_(value, factor if isinstance(factor, float) else factor.to(average.dtype))
+        averages = layer.running_mean, layer.running_var
+        values = mean.to(averages[0].dtype), unbiased.to(averages[1].dtype)
+        if layer.momentum is None and layer.num_batches_tracked is not None:
+            factor = layer.num_batches_tracked.to(mean.dtype).reciprocal()
+            for average, value in zip(averages, values, strict=True):
+                average.lerp_(value, factor.to(average.dtype))
+            continue
+        old, new = by_factor.setdefault(layer.momentum or 0.0, ([], []))
+        old += averages
+        new += values
+    for factor, (old, new) in by_factor.items():
+        torch._foreach_lerp_(old, new, factor)

@@ -48,6 +48,11 @@ SCHEMAS = {
     "gate_backward": "(Tensor gradient, Tensor x, Tensor y, bool hard) -> (Tensor, Tensor)",
     "moments": "(Tensor y) -> (Tensor, Tensor)",
     "axial_moments": "(Tensor y) -> (Tensor, Tensor, Tensor, Tensor)",
+    "normalize_affine": (
+        "(Tensor mean, Tensor deviations, Tensor? weight, Tensor? bias, int count, float eps) "
+        "-> (Tensor, Tensor, Tensor)"
+    ),
+    "normalize_terms": "(Tensor sums, Tensor inverse, int count) -> (Tensor, Tensor)",
     "normalize": f"(Tensor y, Tensor affine, {_AXES}, {_ACTIVATION}) -> Tensor",
     "normalize_sums": (
         f"(Tensor gradient, Tensor y, Tensor affine, {_AXES}, {_ACTIVATION}) -> Tensor"
@@ -77,6 +82,8 @@ SCHEMAS = {
 STAGES = (
     "moments",
     "axial_moments",
+    "normalize_affine",
+    "normalize_terms",
     "normalize",
     "normalize_sums",
     "normalize_backward",
@@ -261,6 +268,19 @@ def _triton_axial_moments(y):
     return normalize.axial_moments(y)
 
 
+def _triton_normalize_affine(*arguments):
+    from seaattn_kernels.kernels import normalize
+
+    tensors = [t if t is None else t.contiguous() for t in arguments[:4]]
+    return normalize.normalize_affine(*tensors, *arguments[4:])
+
+
+def _triton_normalize_terms(sums, inverse, count):
+    from seaattn_kernels.kernels import normalize
+
+    return normalize.normalize_terms(sums.contiguous(), inverse.contiguous(), count)
+
+
 def _triton_normalize(y, affine, *rest):
     from seaattn_kernels.kernels import normalize
 
@@ -337,6 +357,8 @@ _TRITON = {
     "sea_attention": _triton_sea_attention,
     "moments": _triton_moments,
     "axial_moments": _triton_axial_moments,
+    "normalize_affine": _triton_normalize_affine,
+    "normalize_terms": _triton_normalize_terms,
     "normalize": _triton_normalize,
     "normalize_sums": _triton_normalize_sums,
     "normalize_backward": _triton_normalize_backward,
@@ -406,6 +428,10 @@ def _fake_axial_moments(y):
     return mean, deviations, mean.new_empty(b, c, h), mean.new_empty(b, c, w)
 
 
+def _fake_normalize_affine(mean, *rest):
+    return mean.new_empty(3, mean.shape[0]), torch.empty_like(mean), torch.empty_like(mean)
+
+
 def _fake_sums(affine):
     return affine.new_empty(2, affine.shape[1])
 
@@ -431,6 +457,8 @@ _FAKES = {
     "sea_attention": _like_map,
     "moments": _fake_moments,
     "axial_moments": _fake_axial_moments,
+    "normalize_affine": _fake_normalize_affine,
+    "normalize_terms": lambda sums, inverse, count: (_fake_sums(sums), torch.empty_like(inverse)),
     "normalize": _like_pixels,
     "normalize_sums": lambda gradient, y, affine, *rest: _fake_sums(affine),
     "normalize_backward": lambda gradient, y, *rest: _like_pixels(y),

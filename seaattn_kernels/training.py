@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seaattn_kernels import norms, ops, reference
+from seaattn_kernels import normalized, norms, ops, reference
 from seaattn_kernels.anatomy import Anatomy, ConvNorm, Obstacle
 from seaattn_kernels.checks import activation_code, autocast_dtype, autocast_off
 from seaattn_kernels.norms import Affine, Rule
@@ -147,29 +147,44 @@ class _Pending(NamedTuple):
     inverse: Tensor  # (C,): 1/sqrt(var + eps)
     count: Tensor | None  # values a channel in a process group
 
-    def terms(self, sums: Tensor, rule: Rule) -> Tensor:
-        """What statistics of the batch take off the gradient of the raw map."""
+    def terms(self, sums: Tensor, rule: Rule, settings: _Settings) -> tuple[Tensor, Tensor]:
+        """What statistics of the batch take off the gradient of the raw map, and the gradient of
+        the norm's weight: as in PyTorch of this process alone."""
         if not rule.batch:
-            return torch.zeros_like(sums)
-        offset, factor = norms.reduce(sums, rule.group)
-        count = self.y.numel() // self.y.shape[1] if self.count is None else self.count
-        return (torch.stack([offset, factor * self.inverse.square()]) / count).to(sums.dtype)
+            return torch.zeros_like(sums), sums[1] * self.inverse
+        if rule.group is None:
+            count = self.y.numel() // self.y.shape[1]
+            return settings.stage("normalize_terms")(sums, self.inverse, count)
+        merged = norms.reduce(sums, rule.group)
+        terms, _ = normalized.normalize_terms(merged, self.inverse, self.count)
+        return terms, sums[1] * self.inverse
 
-    def gradients(self, sums: Tensor, layer: _Layer) -> tuple:
-        """Of the last four tensors of the layer; as in PyTorch of this process alone."""
-        weight = None if layer.norm_weight is None else sums[1] * self.inverse
-        return weight, None if layer.norm_bias is None else sums[0], None, None
+
+def _gradients(sums: Tensor, of_weight: Tensor, layer: _Layer) -> tuple:
+    """Of the last four tensors of a layer."""
+    weight = None if layer.norm_weight is None else of_weight
+    return weight, None if layer.norm_bias is None else sums[0], None, None
+
+
+#: Of a map: its rule, and the statistics that move the running averages.
+_Batch = tuple[Rule, Tensor, Tensor]
 
 
 def _settle(
     y: Tensor, layer: _Layer, rule: Rule, settings: _Settings, moments: Sequence[Tensor] = ()
-) -> _Pending:
-    """The pending norm of a map; statistics of the batch move the running averages."""
-    mean, var, count = layer.mean, layer.var, None
+) -> tuple[_Pending, list[_Batch]]:
+    """The pending norm of a map, and its statistics where they are those of the batch."""
     if rule.batch:
-        mean, deviations = moments or settings.stage("moments")(y)
-        mean, var, count = norms.merge(mean, deviations, y.numel() // y.shape[1], rule.group)
-        norms.update(rule, mean, var, count)
+        of_batch = moments or settings.stage("moments")(y)
+        *of_batch, count = norms.merge(*of_batch, y.numel() // y.shape[1], rule.group)
+        together = isinstance(count, Tensor)
+        affine_of = normalized.normalize_affine if together else settings.stage("normalize_affine")
+        affine, inverse, unbiased = affine_of(
+            *of_batch, layer.norm_weight, layer.norm_bias, count, rule.eps
+        )
+        pending = _Pending(y, affine, inverse, count if together else None)
+        return pending, [(rule, of_batch[0], unbiased)]
+    mean, var = layer.mean, layer.var
     if mean is None or var is None:
         kind = torch.promote_types(y.dtype, torch.float32)
         mean = torch.zeros(y.shape[1], dtype=kind, device=y.device)
@@ -178,8 +193,7 @@ def _settle(
         inverse = (var + rule.eps).rsqrt()
     scale = inverse if layer.norm_weight is None else inverse * layer.norm_weight
     shift = torch.zeros_like(mean) if layer.norm_bias is None else layer.norm_bias
-    affine = torch.stack([mean, scale, shift])
-    return _Pending(y, affine, inverse, count if isinstance(count, Tensor) else None)
+    return _Pending(y, torch.stack([mean, scale, shift]), inverse, None), []
 
 
 def _product_backward(
@@ -208,12 +222,15 @@ class _Project(torch.autograd.Function):
         layer = _Layer(*tensors)
         y = F.conv2d(x, layer.weight, layer.bias)
         *moments, row, column = settings.stage("axial_moments")(y)
-        pending = _settle(y, layer, rule, settings, moments)
+        pending, batches = _settle(y, layer, rule, settings, moments)
+        norms.update(batches)
         ctx.save_for_backward(x, *layer, *pending)
         ctx.rule, ctx.settings = rule, settings
         mean, scale, shift = pending.affine[..., None]
-        offset = moments[0][:, None] - mean
-        row, column = ((t + offset) * scale + shift for t in (row, column))
+        if not rule.batch or rule.group is not None:
+            offset = moments[0][:, None] - mean
+            row, column = row + offset, column + offset
+        row, column = (torch.addcmul(shift, t, scale) for t in (row, column))
         # A cast that does nothing is the same tensor again: compiled by torch 2.11 that has no
         # gradient.
         if row.dtype is not y.dtype:
@@ -235,11 +252,10 @@ class _Project(torch.autograd.Function):
         reading = (row.to(kind) / width, column.to(kind) / height, *_AS_IT_IS)
         with autocast_off(x.device):
             sums = settings.stage("normalize_sums")(gradient, y, affine, *reading)
-            dy = settings.stage("normalize_backward")(
-                gradient, y, affine, pending.terms(sums, rule), *reading
-            )
+            terms, of_weight = pending.terms(sums, rule, settings)
+            dy = settings.stage("normalize_backward")(gradient, y, affine, terms, *reading)
             products = _product_backward(dy, x, layer, ctx.needs_input_grad)
-        return *products, *pending.gradients(sums, layer), None, None
+        return *products, *_gradients(sums, of_weight, layer), None, None
 
 
 class _Mix(torch.autograd.Function):
@@ -253,10 +269,13 @@ class _Mix(torch.autograd.Function):
     def forward(ctx, y, affine, row, column, *rest):
         *tensors, rules, settings = rest
         layers = _layers(tensors)
+        batches: list[_Batch] = []
 
         def settle(index: int, y: Tensor) -> _Pending:
             norms.check_size(y.shape, rules[index])
-            return _settle(y, layers[index], rules[index], settings)
+            pending, batch = _settle(y, layers[index], rules[index], settings)
+            batches.extend(batch)
+            return pending
 
         normalize = settings.stage("normalize")
         local = settle(0, settings.stage("depthwise")(y, affine, *layers[0][:2]))
@@ -268,6 +287,7 @@ class _Mix(torch.autograd.Function):
         out = settings.stage("normalize_gate")(
             weight.y, detail.y, weight.affine, detail.affine, settings.hard
         )
+        norms.update(batches)
         ctx.save_for_backward(y, affine, row, column, *tensors, *local, *detail, *weight)
         ctx.rules, ctx.settings = rules, settings
         return out
@@ -286,18 +306,20 @@ class _Mix(torch.autograd.Function):
         with autocast_off(y.device):
             gated = (gradient, weight.y, detail.y, weight.affine, detail.affine)
             weight_sums, detail_sums = settings.stage("normalize_gate_sums")(*gated, settings.hard)
+            weight_terms, of_weight = weight.terms(weight_sums, rules[2], settings)
+            detail_terms, of_detail = detail.terms(detail_sums, rules[1], settings)
             dweight, ddetail = settings.stage("normalize_gate_backward")(
-                *gated, weight.terms(weight_sums, rules[2]), detail.terms(detail_sums, rules[1]),
-                settings.hard,
-            )  # fmt: skip
+                *gated, weight_terms, detail_terms, settings.hard
+            )
 
             reading = (None, None, *settings.reading)
             active = normalize(local.y, local.affine, *reading)
             dlocal, *of_pointwise = _product_backward(ddetail, active, layers[1])
             del active, ddetail
             local_sums = settings.stage("normalize_sums")(dlocal, local.y, local.affine, *reading)
+            local_terms, of_local = local.terms(local_sums, rules[0], settings)
             dlocal = settings.stage("normalize_backward")(
-                dlocal, local.y, local.affine, local.terms(local_sums, rules[0]), *reading
+                dlocal, local.y, local.affine, local_terms, *reading
             )
             dy, of_depthwise = settings.stage("depthwise_backward")(
                 dlocal, y, affine, layers[0].weight
@@ -313,9 +335,9 @@ class _Mix(torch.autograd.Function):
             dy[:, -dv.shape[1] :] += dv
         return (
             dy, None, drow.to(row.dtype), dcolumn.to(column.dtype),
-            of_depthwise, of_bias, *local.gradients(local_sums, layers[0]),
-            *of_pointwise, *detail.gradients(detail_sums, layers[1]),
-            *of_proj, *weight.gradients(weight_sums, layers[2]),
+            of_depthwise, of_bias, *_gradients(local_sums, of_local, layers[0]),
+            *of_pointwise, *_gradients(detail_sums, of_detail, layers[1]),
+            *of_proj, *_gradients(weight_sums, of_weight, layers[2]),
             None, None,
         )  # fmt: skip
 
@@ -336,7 +358,8 @@ class _SyncNorm(torch.autograd.Function):
     def forward(ctx, y, *rest):
         *tensors, rule, settings = rest
         layer = _Layer(y, None, *tensors)
-        pending = _settle(y, layer, rule, settings)
+        pending, batches = _settle(y, layer, rule, settings)
+        norms.update(batches)
         ctx.save_for_backward(*tensors, *pending)
         ctx.rule, ctx.settings = rule, settings
         return settings.stage("normalize")(y, pending.affine, None, None, *_AS_IT_IS)
@@ -348,11 +371,10 @@ class _SyncNorm(torch.autograd.Function):
             raise RuntimeError(_NO_SECOND)
         stage, reading = ctx.settings.stage, (None, None, *_AS_IT_IS)
         sums = stage("normalize_sums")(gradient, *pending[:2], *reading)
-        dy = stage("normalize_backward")(
-            gradient, *pending[:2], pending.terms(sums, ctx.rule), *reading
-        )
+        terms, of_weight = pending.terms(sums, ctx.rule, ctx.settings)
+        dy = stage("normalize_backward")(gradient, *pending[:2], terms, *reading)
         layer = _Layer(pending.y, None, *tensors)
-        return dy, *pending.gradients(sums, layer), None, None
+        return dy, *_gradients(sums, of_weight, layer), None, None
 
 
 # --- second derivatives, by plain PyTorch ----------------------------------------------------

@@ -462,14 +462,15 @@ def test_auto_uses_the_operators_in_training(library, monkeypatch):
     x = torch.randn(2, 16, 4, 5, requires_grad=True)
     out = make()(x)
     assert called == [
-        "axial_moments", "axial_attention_pair",
-        "depthwise", "moments", "normalize", "moments", "normalize", "moments", "normalize_gate",
+        "axial_moments", "normalize_affine", "axial_attention_pair",
+        "depthwise", "moments", "normalize_affine", "normalize", "moments", "normalize_affine",
+        "normalize", "moments", "normalize_affine", "normalize_gate",
     ]  # fmt: skip
     called.clear()
     out.sum().backward()
     assert called == [
-        "normalize_gate_sums", "normalize_gate_backward",
-        "normalize", "normalize_sums", "normalize_backward", "depthwise_backward",
-        "normalize", "normalize_add_backward",
-        "normalize_sums", "normalize_backward",
+        "normalize_gate_sums", "normalize_terms", "normalize_terms", "normalize_gate_backward",
+        "normalize", "normalize_sums", "normalize_terms", "normalize_backward",
+        "depthwise_backward", "normalize", "normalize_add_backward",
+        "normalize_sums", "normalize_terms", "normalize_backward",
     ]  # fmt: skip

@@ -58,6 +58,7 @@ def layout_of(x, layout):
     return x.contiguous()
 
 
+OF_STATISTICS = ("normalize_affine", "normalize_terms")
 LAYOUTS = ("contiguous", "channels_last", "slice", "slice of channels_last", "window",
            "transposed", "expanded")  # fmt: skip
 
@@ -82,6 +83,17 @@ def arguments(
     y, of_others = any_map(), other or layout
     if name in ("moments", "axial_moments"):
         return (y,)
+    if name in OF_STATISTICS:
+
+        def vector(*sizes):  # of every other element, but for one layout
+            x = random(*sizes, 2 * c)
+            return x[..., :c].contiguous() if layout == "contiguous" else x[..., ::2]
+
+        count = max(2, b * h * w)
+        if name == "normalize_terms":
+            return vector(2), vector().abs() + 0.3, count
+        weight, bias = (vector(), vector()) if axes else (None, None)
+        return vector(), count * vector().abs(), weight, bias, count, 1e-3
     if name in GATED:
         given = (y, any_map(of_others), affine(), affine())
         gradient = () if name == "normalize_gate" else (any_map(of_others),)
@@ -145,7 +157,8 @@ SMALL = (2, 5, 6, 7)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_shapes(name, shape, layout, backend):
-    for axes in (False, True) if name in (*ACTIVATED[:3], "depthwise") else (None,):
+    either = name in (*ACTIVATED[:3], "depthwise", "normalize_affine")
+    for axes in (False, True) if either else (None,):
         assert_right(name, backend, arguments(name, shape, layout=layout, axes=axes))
 
 
@@ -240,7 +253,7 @@ def test_nan_goes_through(name, backend):
     for activation in range(len(reference.ACTIVATIONS)) if name in ACTIVATED else (None,):
         given = arguments(name, SMALL, activation=activation)
         y = given[name in ACTIVATED[1:] or "_backward" in name or name == GATED[1]]
-        y[1, 3, 2, 4] = float("nan")
+        y[(1, 3, 2, 4) if y.dim() == 4 else (..., 3)] = float("nan")
         found, expected = run(name, backend, given), truth(name, given)
         for ours, theirs in zip(found, expected, strict=True):
             assert torch.equal(ours.isnan(), theirs.isnan())
@@ -312,7 +325,7 @@ def test_every_element_is_written_and_nothing_else(name, layout, shape, monkeypa
     guarded.check()
 
 
-@pytest.mark.parametrize("name", overloads.STAGES)
+@pytest.mark.parametrize("name", [name for name in overloads.STAGES if name not in OF_STATISTICS])
 def test_empty_batch(name, backend):
     given = arguments(name, (0, 3, 4, 5))
     for ours, plain in zip(run(name, backend, given), truth(name, given), strict=True):

@@ -8,6 +8,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cmath>
 #include <optional>
 #include <tuple>
 #include <type_traits>
@@ -413,6 +414,64 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> axial_moments(const Tensor& y) {
   return {mean, deviations, row, column};
 }
 
+// (C,) or so many of them, in float32.
+const float* statistics(const char* name, const Tensor& x, at::IntArrayRef sizes, Tensor& kept) {
+  TORCH_CHECK(x.sizes() == sizes && x.scalar_type() == at::kFloat, name, ": expected float32 of ",
+              sizes, ", got ", x.scalar_type(), " ", x.sizes());
+  kept = x.contiguous();
+  return kept.const_data_ptr<float>();
+}
+
+std::tuple<Tensor, Tensor, Tensor> normalize_affine(const Tensor& mean, const Tensor& deviations,
+                                                    const optional<Tensor>& weight,
+                                                    const optional<Tensor>& bias, int64_t count,
+                                                    double eps) {
+  const int64_t channels = mean.numel();
+  const auto given = [&](const Tensor& x, Tensor& kept) {
+    return statistics("normalize_affine", x, {channels}, kept);
+  };
+  Tensor kept[4];
+  const float* of_mean = given(mean, kept[0]);
+  const float* squares = given(deviations, kept[1]);
+  const float* gamma = weight.has_value() ? given(*weight, kept[2]) : nullptr;
+  const float* beta = bias.has_value() ? given(*bias, kept[3]) : nullptr;
+  Tensor affine = at::empty({3, channels}, mean.options());
+  Tensor inverse = at::empty({channels}, mean.options());
+  Tensor unbiased = at::empty({channels}, mean.options());
+  float* to = affine.mutable_data_ptr<float>();
+  float* to_inverse = inverse.mutable_data_ptr<float>();
+  float* to_unbiased = unbiased.mutable_data_ptr<float>();
+  for (int64_t c = 0; c < channels; ++c) {
+    const double found = 1.0 / std::sqrt(squares[c] / static_cast<double>(count) + eps);
+    to[c] = of_mean[c];
+    to[channels + c] = static_cast<float>(gamma ? gamma[c] * found : found);
+    to[2 * channels + c] = beta ? beta[c] : 0.0f;
+    to_inverse[c] = static_cast<float>(found);
+    to_unbiased[c] = static_cast<float>(squares[c] / static_cast<double>(count - 1));
+  }
+  return {affine, inverse, unbiased};
+}
+
+std::tuple<Tensor, Tensor> normalize_terms(const Tensor& sums, const Tensor& inverse,
+                                           int64_t count) {
+  const int64_t channels = inverse.numel();
+  Tensor kept[2];
+  const float* from = statistics("normalize_terms", sums, {2, channels}, kept[0]);
+  const float* factor = statistics("normalize_terms", inverse, {channels}, kept[1]);
+  Tensor terms = at::empty({2, channels}, sums.options());
+  Tensor weight = at::empty({channels}, sums.options());
+  float* to = terms.mutable_data_ptr<float>();
+  float* to_weight = weight.mutable_data_ptr<float>();
+  const double share = 1.0 / static_cast<double>(count);
+  for (int64_t c = 0; c < channels; ++c) {
+    const double gradient = static_cast<double>(from[channels + c]) * factor[c];
+    to[c] = static_cast<float>(from[c] * share);
+    to[channels + c] = static_cast<float>(gradient * factor[c] * share);
+    to_weight[c] = static_cast<float>(gradient);
+  }
+  return {terms, weight};
+}
+
 void check_activation(const char* name, int64_t activation) {
   TORCH_CHECK(0 <= activation && activation < kActivations, name, ": no activation ", activation);
 }
@@ -786,6 +845,8 @@ std::tuple<Tensor, Tensor> depthwise_backward(const Tensor& gradient, const Tens
 TORCH_LIBRARY_IMPL(seaattn_kernels, CPU, library) {
   library.impl("moments.cpu", moments);
   library.impl("axial_moments.cpu", axial_moments);
+  library.impl("normalize_affine.cpu", normalize_affine);
+  library.impl("normalize_terms.cpu", normalize_terms);
   library.impl("normalize.cpu", normalize);
   library.impl("normalize_sums.cpu", normalize_sums);
   library.impl("normalize_backward.cpu", normalize_backward);

@@ -407,6 +407,45 @@ def normalize_add_backward_kernel(
     tl.store(column_sums_ptr, tl.sum(along_h, 1), mask=vectors_c & vectors_w)
 
 
+@triton.jit(do_not_specialize=["C"])
+def normalize_affine_kernel(
+    mean_ptr, deviations_ptr, weight_ptr, bias_ptr, affine_ptr, inverse_ptr, unbiased_ptr,
+    C, count, eps, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Mean, scale and shift; 1/sqrt(var + eps); the unbiased variance. A program owns BLOCK
+    channels."""
+    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = c < C
+    mean = tl.load(mean_ptr + c, mask=inside, other=0.0)
+    deviations = tl.load(deviations_ptr + c, mask=inside, other=0.0)
+    inverse = 1.0 / tl.sqrt_rn(deviations / count + eps)
+    scale = inverse
+    if weight_ptr is not None:
+        scale *= tl.load(weight_ptr + c, mask=inside, other=0.0)
+    shift = tl.zeros([BLOCK], tl.float32)
+    if bias_ptr is not None:
+        shift += tl.load(bias_ptr + c, mask=inside, other=0.0)
+    tl.store(affine_ptr + c, mean, mask=inside)
+    tl.store(affine_ptr + C + c, scale, mask=inside)
+    tl.store(affine_ptr + 2 * C + c, shift, mask=inside)
+    tl.store(inverse_ptr + c, inverse, mask=inside)
+    tl.store(unbiased_ptr + c, deviations / (count - 1.0), mask=inside)
+
+
+@triton.jit(do_not_specialize=["C"])
+def normalize_terms_kernel(
+    sums_ptr, inverse_ptr, terms_ptr, weight_ptr, C, count, BLOCK: tl.constexpr
+):
+    """The terms, and the gradient of the weight. A program owns BLOCK channels."""
+    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = c < C
+    inverse = tl.load(inverse_ptr + c, mask=inside, other=0.0)
+    factor = tl.load(sums_ptr + C + c, mask=inside, other=0.0) * inverse
+    tl.store(terms_ptr + c, tl.load(sums_ptr + c, mask=inside, other=0.0) / count, mask=inside)
+    tl.store(terms_ptr + C + c, factor * inverse / count, mask=inside)
+    tl.store(weight_ptr + c, factor, mask=inside)
+
+
 @triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=["parts_ptr"])
 def normalize_gate_sums_kernel(
     gradient_ptr, x_ptr, y_ptr, x_affine_ptr, y_affine_ptr, parts_ptr,
@@ -561,6 +600,33 @@ def axial_moments(y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         way.band, way.bands, way.tile.w, way.strips, BLOCK=256, num_warps=4,
     )  # fmt: skip
     return mean, squares, row, column
+
+
+def normalize_affine(
+    mean: Tensor, deviations: Tensor, weight: Tensor | None, bias: Tensor | None, count: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Affine, 1/sqrt(var + eps) and unbiased variance from moments; all contiguous, float32."""
+    channels = mean.shape[0]
+    affine = mean.new_empty(3, channels)
+    inverse, unbiased = torch.empty_like(mean), torch.empty_like(mean)
+    launch(
+        normalize_affine_kernel, cdiv(channels, 256),
+        mean, deviations, weight, bias, affine, inverse, unbiased,
+        channels, float(count), eps, BLOCK=256, num_warps=4,
+    )  # fmt: skip
+    return affine, inverse, unbiased
+
+
+def normalize_terms(sums: Tensor, inverse: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The terms of the backward, and the gradient of the weight; all contiguous, float32."""
+    channels = inverse.shape[0]
+    terms, weight = torch.empty_like(sums), torch.empty_like(inverse)
+    launch(
+        normalize_terms_kernel, cdiv(channels, 256),
+        sums, inverse, terms, weight, channels, float(count), BLOCK=256, num_warps=4,
+    )  # fmt: skip
+    return terms, weight
 
 
 def normalize(

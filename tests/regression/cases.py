@@ -127,6 +127,7 @@ def stage_inputs(
 ) -> tuple:
     """Random arguments of a stage; ``axes``: with a row and a column where it may have them."""
     b, c, h, w = shape
+    count = max(2, b * h * w)
     seeds = iter(range(100 * seed, 100 * seed + 100))
 
     def random(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -140,6 +141,10 @@ def stage_inputs(
 
     if name in ("moments", "axial_moments"):
         return (a_map(offset),)
+    if name == "normalize_affine":
+        return random(c) + offset, count * random(c).abs(), random(c), random(c), count, 1e-5
+    if name == "normalize_terms":
+        return random(2, c), random(c).abs() + 0.3, count
     if name.startswith("normalize_gate"):
         gradient = () if name == "normalize_gate" else (a_map(),)
         terms = (random(2, c), random(2, c)) if name == "normalize_gate_backward" else ()
