@@ -209,7 +209,7 @@ def test_the_way_of_large_maps_in_strips_and_bands(monkeypatch):
     """Sums of a map in parts, added by attend itself."""
     monkeypatch.setattr(squeeze, "bands", lambda *sizes: 3)
     x = torch.randn(1, 3, 70, 300, device=DEVICE)
-    cut = squeeze.cut(x.shape, True, x.device)
+    cut = squeeze.cut(x.shape, squeeze.lines(300, x.itemsize), x.device)
     assert (cut.strips, cut.bands) == (10, 3)
     assert_right(make(3, 4, 1), x)
 

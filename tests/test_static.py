@@ -121,6 +121,30 @@ def test_maps_move_in_vectors_of_sixteen_bytes():
     }
 
 
+PARTS = """
+import torch
+from bench import static
+from bench.cases import CASES
+from bench.stages import recorded
+for found in recorded(CASES["L1"], (64, 64), 1, torch.float16, static.TARGETS["sm_90"]):
+    if found.kernel in ("squeeze_kernel", "attend_kernel"):
+        text = static.binary(found).asm["ptx"]
+        loads = [word for word in text.split() if word.startswith("ld.global")]
+        tile = text[text.index("ld.global") : text.index("st.global")]
+        print(found.programs, set(loads), tile.count("bar.sync"))
+"""
+
+
+def test_a_projected_map_and_its_parts_are_read_in_vectors_of_sixteen_bytes():
+    """By a program for nearly every multiprocessor, and with one exchange through shared memory
+    for the rows of a tile."""
+    done = run("-c", PARTS)
+    assert done.returncode == 0, done.stderr
+    squeezed, attended = done.stdout.splitlines()
+    assert squeezed == "128 {'ld.global.v4.b32'} 1"
+    assert attended.startswith("32 {'ld.global.v4.b32'}")
+
+
 def test_resident_programs():
     sm_80, sm_90, gfx942 = (static.TARGETS[name] for name in ("sm_80", "sm_90", "gfx942"))
     assert static.resident(sm_80, 32, 0, 8) == 8
@@ -144,7 +168,7 @@ def test_every_tile_of_a_map_is_compiled():
     """The sides that are swept reach each tile that a map of any size can get."""
 
     def tiles(sides):
-        return {
+        return {squeeze.lines(w, itemsize) for w in sides for itemsize in (2, 4)} | {
             squeeze.tile(h, w, squeeze.by_channels(x))
             for h in sides
             for w in sides

@@ -127,8 +127,9 @@ def test_squeeze_of_the_largest_map():
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
 
 
-def test_bands_are_added_in_a_fixed_order(monkeypatch):
-    x = torch.randn(1, 2, 700, 30, device=DEVICE)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_bands_are_added_in_a_fixed_order(layout, monkeypatch):
+    x = torch.randn(1, 2, 700, 30, device=DEVICE).contiguous(memory_format=layout)
     monkeypatch.setattr(squeeze, "multiprocessors", lambda device: 64)
     assert squeeze.bands(2, 700, 64, 128) == 1
     monkeypatch.setattr(squeeze, "bands", lambda *sizes: 5)
@@ -139,6 +140,50 @@ def test_bands_are_added_in_a_fixed_order(monkeypatch):
         again = squeeze.axial_squeeze(x)
         assert torch.equal(again[0], row)
         assert torch.equal(again[1], column)
+
+
+@pytest.mark.parametrize("shape", [(2, 33, 37, 70), (1, 5, 1, 9), (3, 40, 9, 1)], ids=str)
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_sums_by_channels_in_parts(shape, dtype, monkeypatch):
+    """As the block takes them, channels last: every part is written, and nothing else."""
+    b, c, h, w = shape
+    memory = torch.randn(b, h, w, c, device=DEVICE, dtype=dtype)
+    x = memory.as_strided(shape, (h * w * c, 1, w * c, c))
+    monkeypatch.setattr(squeeze, "multiprocessors", lambda device: 64)
+    cut = squeeze.cut(shape, squeeze.lines(w, x.itemsize), x.device, least=2)
+    assert (cut.strips, cut.bands) == ((3, 2) if h == 37 else (1, 1))
+    guarded = Guarded(monkeypatch)
+    found = []
+    for _ in range(2):
+        row = torch.empty((b, cut.strips, h, c), dtype=torch.float32, device=DEVICE)
+        column = torch.empty((b, cut.bands, w, c), dtype=torch.float32, device=DEVICE)
+        squeeze.sums(x, cut, row, column, 1 / w, 1 / h, channels_last=True)
+        found.append((row, column))
+    guarded.check()
+    row, column = found[0]
+    for ours, theirs in ((row, memory.float().mean(2)), (column, memory.float().mean(1))):
+        torch.testing.assert_close(ours.sum(1), theirs, atol=1e-6, rtol=1e-5)
+    first = memory[:, : cut.band].float().sum(1) / h
+    torch.testing.assert_close(column[:, 0], first, atol=1e-6, rtol=1e-5)
+    assert all(torch.equal(ours, again) for ours, again in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("shape", "parts", "programs"),
+    [
+        ((1, 512, 64, 64), (2, 4), 128),
+        ((1, 256, 80, 80), (3, 5), 120),
+        ((16, 256, 80, 80), (3, 1), 384),
+        ((64, 512, 32, 32), (1, 1), 1024),
+        ((1, 512, 128, 128), (4, 4), 256),
+    ],
+)
+def test_bands_of_a_projected_map(shape, parts, programs, monkeypatch):
+    """On an H200, in float16."""
+    monkeypatch.setattr(squeeze, "multiprocessors", lambda device: 132)
+    cut = squeeze.cut(shape, squeeze.lines(shape[3], 2), torch.device("cpu"), least=2)
+    assert (cut.strips, cut.bands) == parts
+    assert shape[0] * shape[1] // cut.tile.c * cut.strips * cut.bands == programs
 
 
 @pytest.mark.parametrize(

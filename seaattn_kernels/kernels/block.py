@@ -124,11 +124,11 @@ def project_kernel(
 
 @triton.jit
 def mean(
-    x_ptr, n, c, inside, stride_n, stride_c, stride_t, terms, scale,
+    x_ptr, n, c, inside, stride_n, stride_t, terms, scale,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """``scale * sum_t x[n, c, t]`` as (n, c) in float32, zero outside."""
-    at = x_ptr + n.to(tl.int64)[None, :, None] * stride_n + c.to(tl.int64)[None, None, :] * stride_c
+    """``scale * sum_t x[n, t, c]`` as (n, c) in float32, zero outside."""
+    at = x_ptr + n.to(tl.int64)[None, :, None] * stride_n + c[None, None, :]
     total = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
     for start in range(0, terms, BLOCK_T):
         t = start + tl.arange(0, BLOCK_T)
@@ -161,7 +161,7 @@ def attend_kernel(
     """``act(o)`` of both axes: ``(B*H, DH)``, then ``(B*W, DH)``.
 
     DIRECT: both pointers are the projected map (B, H, W, C). Otherwise they are its means in parts,
-    (B, C, H, row_parts) and (B, C, W, column_parts).
+    (B, row_parts, H, C) and (B, column_parts, W, C).
     ``rows``: B*H. The first ``row_programs`` programs have queries on the rows.
     """
     pid = tl.program_id(0)
@@ -177,17 +177,17 @@ def attend_kernel(
     b, head, i = owned(pid, N, heads, BLOCK)
     if DIRECT:
         x_ptr += b * H * W * C
-        stride_n, stride_c, stride_t = tl.where(on_rows, W, 1) * C, 1, tl.where(on_rows, 1, W) * C
+        stride_n, stride_t = tl.where(on_rows, W, 1) * C, tl.where(on_rows, 1, W) * C
         terms, factor = across, 1.0 / across
     else:
-        x_ptr += b * C * N * parts
-        stride_n, stride_c, stride_t = parts, N * parts, 1
+        x_ptr += b * parts * N * C
+        stride_n, stride_t = C, N.to(tl.int64) * C
         terms, factor = parts, 1.0
     q_at, k_at, v_at = head * D, keys + head * D, 2 * keys + head * E
     d, e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
     in_q = (i < N)[:, None] & (d < D)[None, :]
     q = mean(
-        x_ptr, i, q_at + d, in_q, stride_n, stride_c, stride_t, terms, factor,
+        x_ptr, i, q_at + d, in_q, stride_n, stride_t, terms, factor,
         BLOCK, BLOCK_D, BLOCK_T,
     )  # fmt: skip
     q = (q + position(position_ptr, q_at, i, N, keys, D, BLOCK_D)) * (scale * _LOG2E)
@@ -198,11 +198,11 @@ def attend_kernel(
         j = start + tl.arange(0, BLOCK)
         k = mean(
             x_ptr, j, k_at + d, (j < N)[:, None] & (d < D)[None, :],
-            stride_n, stride_c, stride_t, terms, factor, BLOCK, BLOCK_D, BLOCK_T,
+            stride_n, stride_t, terms, factor, BLOCK, BLOCK_D, BLOCK_T,
         )  # fmt: skip
         v = mean(
             x_ptr, j, v_at + e, (j < N)[:, None] & (e < E)[None, :],
-            stride_n, stride_c, stride_t, terms, factor, BLOCK, BLOCK_E, BLOCK_T,
+            stride_n, stride_t, terms, factor, BLOCK, BLOCK_E, BLOCK_T,
         )  # fmt: skip
         k += position(position_ptr, k_at, j, N, keys, D, BLOCK_D)
         s = scores(q, tl.trans(k), j, N, PRECISION)
@@ -400,7 +400,7 @@ def _means(x: Tensor, cut: squeeze.Cut, scratch: Tensor) -> tuple[Tensor, Tensor
     b, c, h, w = x.shape
     size = b * c * h * cut.strips
     row, column = scratch[:size], scratch[size:]
-    squeeze.sums(x, cut, row, column, 1 / w, 1 / h)
+    squeeze.sums(x, cut, row, column, 1 / w, 1 / h, channels_last=True)
     return row, column
 
 
@@ -469,7 +469,7 @@ def sea_attention(
             row, column, position, attended, h, w, projected, strips, bands, row_programs, rows,
             heads, key_dim**-0.5, negative_slope,
             D=key_dim, E=value_dim, BLOCK=block, BLOCK_D=block_d, BLOCK_E=block_e,
-            BLOCK_T=8 if way == "direct" else 1, DIRECT=way == "direct", ACTIVATION=activation,
+            BLOCK_T=8 if way == "direct" else 4, DIRECT=way == "direct", ACTIVATION=activation,
             PRECISION=of_axes, num_warps=warps, num_stages=1, **all_registers(x),
         )  # fmt: skip
 
@@ -500,7 +500,8 @@ def sea_attention(
     map_size, axis_size = pixels * projected, (rows + columns) * pitch
     if way == "squeezed":
         shape, strides = (b, projected, h, w), (h * w * projected, 1, w * projected, projected)
-        cut = squeeze.cut(shape, True, x.device)
+        # Attend adds the parts: bands may be short.
+        cut = squeeze.cut(shape, squeeze.lines(w, x.itemsize), x.device, least=2)
         size = _scratch_size(shape, cut, x.dtype)
         qkv, attended, scratch = carve(x, map_size, axis_size, max(size, axis_size))
         encoded = scratch[:axis_size]  # the means are dead by then

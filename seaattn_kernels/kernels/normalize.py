@@ -681,7 +681,8 @@ def normalize_add_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of n(y), written into ``out``, and of row and column, in float32."""
     b, c, h, w = y.shape
-    way = _halved(squeeze.cut(out.shape, squeeze.by_channels(out), out.device))
+    tile = squeeze.tile(h, w, squeeze.by_channels(out))
+    way = _halved(squeeze.cut(out.shape, tile, out.device))
     row_sums, column_sums = affine.new_empty(b, c, h), affine.new_empty(b, c, w)
     rows = squeeze.parts_of(row_sums, way.strips)
     columns = squeeze.parts_of(column_sums, way.bands)

@@ -5,7 +5,12 @@
 A program owns a band of rows and a strip of columns in BLOCK_C channels of one image. It walks down
 the band with a tile of BLOCK_H rows: sums along the row leave with each tile, sums along the column
 stay in registers until the end. One band and one strip, the whole map, is the usual case; the sums
-of several are added by a second kernel, always in the same order. Sums run in float32.
+of several are added by a second kernel or by who reads them, always in the same order. Sums run in
+float32.
+
+Where channels are neighbours in memory, a warp has whole rows of the tile, a thread STEPS columns
+of each: a row is summed within a warp, and all loads of a tile are under way at once. Warps
+exchange the sums of columns, once, at the end.
 """
 
 from collections.abc import Sequence
@@ -51,28 +56,39 @@ def walk(C, H, band, bands, strips, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr
 def squeeze_kernel(
     x_ptr, row_ptr, column_ptr, C, H, W, band, bands, strips,
     stride_b, stride_c, stride_h, stride_w, row_scale, column_scale,
-    BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, STEPS: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
 ):  # fmt: skip
-    b, c, w, first, last, part, strip = walk(C, H, band, bands, strips, BLOCK_C, BLOCK_W)
+    """``row`` is (B, C, H, strips), ``column`` (B, C, W, bands); where CHANNELS_LAST they are
+    (B, strips, H, C) and (B, bands, W, C)."""
+    b, c, _, first, last, part, strip = walk(C, H, band, bands, strips, BLOCK_C, BLOCK_W)
     h = first + tl.arange(0, BLOCK_H)
-    x_ptr += b * stride_b + c[:, None, None] * stride_c
-    x_ptr += h.to(tl.int64)[None, :, None] * stride_h + w[None, None, :] * stride_w
-    here = (c < C)[:, None, None] & (w < W)[None, None, :]
-    row_ptr += ((b * C + c[:, None]) * H + h[None, :]) * strips + strip
-    sums = tl.zeros([BLOCK_C, BLOCK_H, BLOCK_W], tl.float32)
+    step = tl.arange(0, STEPS)[:, None] * (BLOCK_W // STEPS)
+    w = strip.to(tl.int64) * BLOCK_W + step + tl.arange(0, BLOCK_W // STEPS)[None, :]
+    in_c, in_w = (c < C)[:, None], w < W
+    x_ptr += b * stride_b + c[:, None, None, None] * stride_c
+    x_ptr += h.to(tl.int64)[None, None, :, None] * stride_h + w[None, :, None, :] * stride_w
+    here = in_c[:, :, None, None] & in_w[None, :, None, :]
+    if CHANNELS_LAST:
+        row_ptr += ((b * strips + strip) * H + h[None, :]) * C + c[:, None]
+        column_ptr += ((b * bands + part) * W + w[None, :, :]) * C + c[:, None, None]
+        row_h = C
+    else:
+        row_ptr += ((b * C + c[:, None]) * H + h[None, :]) * strips + strip
+        column_ptr += ((b * C + c[:, None, None]) * W + w[None, :, :]) * bands + part
+        row_h = strips
+    sums = tl.zeros([BLOCK_C, STEPS, BLOCK_H, BLOCK_W // STEPS], tl.float32)
     for _ in range(first, last, BLOCK_H):
-        tile = tl.load(x_ptr, mask=here & (h < last)[None, :, None], other=0.0).to(tl.float32)
+        in_h = (h < last)[None, :]
+        tile = tl.load(x_ptr, mask=here & in_h[:, None, :, None], other=0.0).to(tl.float32)
         sums += tile
-        row = (tl.sum(tile, 2) * row_scale).to(row_ptr.dtype.element_ty)
-        tl.store(row_ptr, row, mask=(c < C)[:, None] & (h < last)[None, :])
+        row = tl.sum(tl.sum(tile, 1), 2) * row_scale
+        tl.store(row_ptr, row.to(row_ptr.dtype.element_ty), mask=in_c & in_h)
         x_ptr += tl.full([], BLOCK_H, tl.int64) * stride_h
-        row_ptr += BLOCK_H * strips
+        row_ptr += BLOCK_H * row_h
         h += BLOCK_H
-    tl.store(
-        column_ptr + ((b * C + c[:, None]) * W + w[None, :]) * bands + part,
-        (tl.sum(sums, 1) * column_scale).to(column_ptr.dtype.element_ty),
-        mask=(c < C)[:, None] & (w < W)[None, :],
-    )
+    column = (tl.sum(sums, 2) * column_scale).to(column_ptr.dtype.element_ty)
+    tl.store(column_ptr, column, mask=in_c[:, :, None] & in_w[None, :, :])
 
 
 @triton.jit(do_not_specialize=["n", "parts"])
@@ -154,6 +170,13 @@ def tile(h: int, w: int, by_channels: bool) -> Tile:
     return Tile(block_c, block_h, block_w)
 
 
+def lines(w: int, itemsize: int) -> Tile:
+    """A tile of 64 contiguous bytes of channels at 256 pixels: four loads of 16 bytes a thread,
+    each of eight columns a warp."""
+    block_w = power_of_2(w, least=8, most=32)
+    return Tile(64 // itemsize, 256 // block_w, block_w)
+
+
 def tiles(x: Tensor) -> tuple[int, dict[str, int]]:
     """How many programs cover a map with a tile each, and their constants."""
     b, c, h, w = x.shape
@@ -166,14 +189,15 @@ def constants(block: Tile) -> dict[str, int]:
     return {"BLOCK_C": block.c, "BLOCK_H": block.h, "BLOCK_W": block.w, "num_warps": 8}
 
 
-def bands(programs: int, h: int, block_h: int, most: int) -> int:
+def bands(programs: int, h: int, block_h: int, most: int, least: int = 16) -> int:
     """Into how many bands of rows a map is cut so that ``most`` programs have work.
 
-    A second launch costs as much as some sixteen tiles: shorter bands do not pay.
+    ``least``: tiles of a band. A second launch costs as much as some sixteen: shorter bands do not
+    pay.
     """
     if not 0 < programs < most:
         return 1
-    return max(1, min(cdiv(most, programs), h // (16 * block_h)))
+    return max(1, min(cdiv(most, programs), h // (least * block_h)))
 
 
 class Cut(NamedTuple):
@@ -185,26 +209,27 @@ class Cut(NamedTuple):
     band: int  # rows
 
 
-def cut(shape: Sequence[int], by_channels: bool, device: torch.device) -> Cut:
-    """The cut of a map, so that a device has work."""
+def cut(shape: Sequence[int], block: Tile, device: torch.device, least: int = 16) -> Cut:
+    """The cut of a map into tiles, so that a device has work; ``least``: of :func:`bands`."""
     b, c, h, w = shape
-    block = tile(h, w, by_channels)
     strips = cdiv(w, block.w)
     programs = b * cdiv(c, block.c) * strips
-    parts = bands(programs, h, block.h, 2 * multiprocessors(device))
+    parts = bands(programs, h, block.h, 2 * multiprocessors(device), least)
     band = cdiv(cdiv(h, parts), block.h) * block.h
     return Cut(block, strips, cdiv(h, band), band)
 
 
 def sums(
-    x: Tensor, cut: Cut, row: Tensor, column: Tensor, row_scale: float, column_scale: float
-) -> None:
-    """Write the sums of ``x`` times a factor: ``(B, C, H, strips)`` and ``(B, C, W, bands)``."""
+    x: Tensor, cut: Cut, row: Tensor, column: Tensor, row_scale: float, column_scale: float,
+    channels_last: bool = False,
+) -> None:  # fmt: skip
+    """Write the sums of ``x`` times a factor, in parts: see :func:`squeeze_kernel`."""
     b, c, h, w = x.shape
+    steps = cut.tile.w // 8 if by_channels(x) else 1
     launch(
         squeeze_kernel, b * cdiv(c, cut.tile.c) * cut.strips * cut.bands,
         x, row, column, c, h, w, cut.band, cut.bands, cut.strips, *x.stride(),
-        row_scale, column_scale, **constants(cut.tile),
+        row_scale, column_scale, STEPS=steps, CHANNELS_LAST=channels_last, **constants(cut.tile),
     )  # fmt: skip
 
 
@@ -228,7 +253,10 @@ def axial_squeeze(x: Tensor, mean: bool = True) -> tuple[Tensor, Tensor]:
     The means, or the sums.
     """
     b, c, h, w = x.shape
-    way = cut(x.shape, by_channels(x), x.device)
+    if by_channels(x):
+        way = cut(x.shape, lines(w, x.itemsize), x.device, least=4)
+    else:
+        way = cut(x.shape, tile(h, w, False), x.device)
     row, column = x.new_empty(b, c, h), x.new_empty(b, c, w)
     row_parts, column_parts = parts_of(row, way.strips), parts_of(column, way.bands)
     row_scale, column_scale = (1 / w, 1 / h) if mean else (1.0, 1.0)

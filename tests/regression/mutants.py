@@ -367,7 +367,7 @@ TRITON = (
     Mutant(
         "tail-of-the-rows",
         _KERNELS + "squeeze.py",
-        "mask=here & (h < last)[None, :, None], other=0.0).to(tl.float32)\n        sums",
+        "mask=here & in_h[:, None, :, None], other=0.0).to(tl.float32)\n        sums",
         "mask=here, other=0.0).to(tl.float32)\n        sums",
         "the last tile sums what lies behind the last row",
         "test_operator and squeeze and triton",
