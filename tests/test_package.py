@@ -21,7 +21,7 @@ DOWNWARD = {
     "patch": {"anatomy", "checks", "fold", "module", "ops", "probe", "report"},
     "probe": {"anatomy", "budget", "fold", "module"},
     "module": {"anatomy", "checks", "ops", "fold", "layers", "reference", "training"},
-    "training": {"anatomy", "checks", "norms", "ops", "reference"},
+    "training": {"anatomy", "checks", "normalized", "norms", "ops", "reference"},
     "fold": {"anatomy", "native", "reference", "watch"},
     "watch": {"anatomy", "native"},
     "anatomy": {"layers"},

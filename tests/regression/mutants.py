@@ -128,6 +128,14 @@ PYTHON = (
         "folded_weights_follow",
     ),
     Mutant(
+        "running-variance-biased",
+        "seaattn_kernels/normalized.py",
+        "inverse, deviations / (count - 1)",
+        "inverse, deviations / count",
+        "running averages take the biased variance",
+        "training",
+    ),
+    Mutant(
         "mean-not-scaled",
         _FOLD,
         "bias = scale * (bias - norm.running_mean.to(wide))",
