@@ -5,7 +5,7 @@
 #undef SEAATTN_ENTRY
 #undef __cluster_dims__
 #define __cluster_dims__(X, Y, Z) {X, Y, Z}
-#define SEAATTN_ENTRY(NAME, T, D, E, HEADS)                                             \
+#define SEAATTN_ENTRY(NAME, T, D, E, HEADS)                                                \
   entry("axis_" #NAME "_" #D "_" #E "_" #HEADS, SEAATTN_CLUSTER(HEADS), seaattn::kThreads, \
         axis_##NAME##_##D##_##E##_##HEADS),
 

@@ -127,11 +127,15 @@ Block blocks[kMostBlocks];
 std::vector<Thread> fibers;
 Thread* current;
 Threads ready, at_cluster;
-std::vector<std::function<void()>> works;  // what copies and products have to do yet
+struct Work {
+  Thread* thread;  // whose
+  std::function<void()> run;
+};
+std::vector<Work> works;  // what copies and products have to do yet
 unsigned cluster_phase;
 int cluster_arrived, unfinished;
 jmp_buf home;
-std::string message;
+std::string message;  // of what went wrong
 
 unsigned random(unsigned n) {  // splitmix64
   uint64_t z = state += 0x9E3779B97F4A7C15;
@@ -177,9 +181,11 @@ Thread* pick() {
   for (;;) {
     if (!works.empty() && (ready.empty() || random(16) < unsigned(patience))) {
       std::swap(works[random(works.size())], works.back());
-      const auto work = std::move(works.back());
+      const Work work = std::move(works.back());
       works.pop_back();
-      work();
+      Thread* const here = std::exchange(current, work.thread);
+      work.run();
+      current = here;
       continue;
     }
     if (ready.empty()) deadlock();
@@ -229,7 +235,7 @@ void later(std::function<void()> work) {
   if (random(2) < unsigned(haste))
     work();
   else
-    works.push_back(std::move(work));
+    works.push_back({current, std::move(work)});
 }
 
 void cluster_advance() {
@@ -242,7 +248,7 @@ void body() {
   for (;;) {
     running->call(running->kernel, parameters);
     Thread& self = *current;
-    const Site site = Site::current();
+    const Site site = self.site;  // the last where it waited
     if (self.committed != self.warpgroup().done || self.issued)
       fail("a thread ends before its products are done", site);
     if (self.in_cluster) fail("a thread ends without waiting for its cluster", site);
@@ -257,7 +263,8 @@ void body() {
 
 size_t offset(const Block& block, const void* p, size_t bytes, Site site) {
   const ptrdiff_t at = static_cast<const char*>(p) - block.memory;
-  if (at < 0 || at + bytes > size_t(shared_bytes)) fail("an address outside of shared memory", site);
+  if (at < 0 || at + bytes > size_t(shared_bytes))
+    fail("an address outside of shared memory", site);
   return at;
 }
 
@@ -383,9 +390,9 @@ void run_cluster(Size first) {
   const int grains[] = {1, 32, 128, block_threads};
   const int grain = grains[random(4)];  // threads of one rank
   const uint64_t salt = state;
-  draws = 1 << random(3) * 2;          // of the ready threads, the one of the highest rank goes on
-  patience = random(3) * random(3);    // how often a work is done while threads are ready
-  haste = random(3);                   // never, half of all, all works at once
+  draws = 1 << random(3) * 3;        // of the ready threads, the one of the highest rank goes on
+  patience = random(3) * random(3);  // how often a work is done while threads are ready
+  haste = random(3);                 // never, half of all, all works at once
   ready.clear(), at_cluster.clear(), works.clear();
   cluster_phase = 0, cluster_arrived = 0, unfinished = block_count * block_threads;
   const uint32_t address = 1024 + 16 * random(64);
@@ -556,7 +563,7 @@ void copies_done() {
 
 void arrive_after_copies(uint64_t* bar, Site site) {
   current->copies.push_back({nullptr, nullptr, bar, site});
-  later([thread = current] { land_copies(*thread); });
+  later([] { land_copies(*current); });
 }
 
 void copy_bulk(void* to, const void* from, int bytes, uint64_t* at, Site site) {
@@ -565,7 +572,8 @@ void copy_bulk(void* to, const void* from, int bytes, uint64_t* at, Site site) {
   check_global(from, bytes, 16, site);
   barrier(block, at, site).bytes += bytes;
   arrive_at(block, at, site);
-  later([=, &block] {
+  later([=] {
+    Block& block = *current->block;
     land(block, static_cast<char*>(to), static_cast<const char*>(from), bytes, site);
     Mbarrier& bar = barrier(block, at, site);
     bar.bytes -= bytes;
@@ -604,8 +612,7 @@ void products_end(Site site) {
   if (group.committed == 0) group.size = self.issued;
   if (self.issued != group.size) fail("threads of a warpgroup commit different products", site);
   self.issued = 0, self.fenced = false, ++self.committed;
-  if (++group.committed == 128)
-    later([block = self.block, &group] { multiply(*block, group); });
+  if (++group.committed == 128) later([] { multiply(*current->block, current->warpgroup()); });
 }
 
 void products_wait(Site site) {

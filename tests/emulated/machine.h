@@ -2,13 +2,14 @@
 //
 // Every CUDA thread of a cluster is a fiber: it runs until it synchronises, and then any other may
 // go on, by a seed. The seed also draws whether threads, warps or whole blocks run far ahead of
-// others, and whether copies and products are early or late. What the hardware may do late (cp.async,
-// cp.async.bulk, wgmma) happens at once, or whenever nothing forces it yet; until then shared memory
-// keeps what it held, and accumulators are NaN. Shared memory begins as NaN, between guard bands.
+// others, and whether copies and products are early or late. What the hardware may do late
+// (cp.async, cp.async.bulk, wgmma) happens at once, or whenever nothing forces it yet; until then
+// shared memory keeps what it held, and accumulators are NaN. Shared memory begins as NaN, between
+// guard bands.
 //
 // wgmma reads another view of shared memory than threads write (the asynchronous proxy): a barrier
-// makes both equal when all who meet have published since they met before. Whose writes they were is
-// not known.
+// makes both equal when all who meet have published since they met before. Whose writes they were
+// is not known.
 //
 // Registers and global memory are those of the CPU: their races show by the order of threads alone,
 // and weak memory does not show at all.
