@@ -6,7 +6,7 @@ VENV ?= .venv
 ARGS ?=
 
 LIBRARY_SOURCES := setup.py pyproject.toml $(wildcard csrc/*/*)
-CXX_SOURCES := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh tests/*.cpp)
+CXX_SOURCES := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh tests/*.cpp tests/*/*.cpp tests/*/*.h)
 
 ifeq ($(VENV),none)
 PY := $(PYTHON)

@@ -1,4 +1,6 @@
+import fcntl
 import os
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -43,6 +45,20 @@ def library():
             pytest.fail(native.REASON)
         pytest.skip(native.REASON)
     return native
+
+
+@pytest.fixture(scope="session")
+def cuda_libraries(tmp_path_factory):
+    """csrc/cuda for the machine of ``emulated``: compiled once, whatever processes run tests."""
+    import emulated
+
+    if shutil.which(emulated.compiler()[0]) is None:
+        pytest.skip("needs a C++ compiler")
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    with open(folder / "emulated", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return {name: emulated.library(folder, name) for name in ("axis", "finish")}
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,7 @@
-"""The kernels of csrc/cuda: what can be said of them anywhere, and what a GPU of 9.0 shows."""
+"""The kernels of csrc/cuda: what can be said of them anywhere, and what a GPU of 9.0 shows.
+
+What needs no more of a GPU than its numbers runs on a CPU too, in the machine of ``emulated``.
+"""
 
 import copy
 import dataclasses
@@ -8,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from emulated import Emulator
 from guarded import Guarded
 from torch import nn
 
@@ -20,11 +24,35 @@ HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9,
 on_hopper = pytest.mark.skipif(not HOPPER, reason="needs a GPU of compute capability 9.0")
 
 
-def make(case, dtype, activation="relu6", hard=True):
+@pytest.fixture(
+    params=[
+        pytest.param("cuda", id="gpu", marks=[pytest.mark.gpu, on_hopper]),
+        pytest.param("cpu", id="emulated"),
+    ]
+)
+def device(request, monkeypatch):
+    """Where the block runs by the backend "cuda"."""
+    if request.param == "cuda":
+        yield "cuda"
+        return
+    if torch.cuda.is_available():
+        pytest.skip("Triton interprets where there is no GPU")
+    emulator = Emulator(request.getfixturevalue("cuda_libraries"))
+    monkeypatch.setattr(cuda, "launch", emulator.launch)
+    monkeypatch.setattr(cuda, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(ops, "_cuda_refusal", lambda *given: None)
+    monkeypatch.setattr(verify, "SEEDS", verify.SEEDS[:2])
+    library = torch.library.Library("seaattn_kernels", "FRAGMENT")
+    library.impl("sea_attention.cuda", overloads._BLOCK_ON_GPU["cuda"], "CPU")
+    yield "cpu"
+    library._destroy()
+
+
+def make(case, dtype, device, activation="relu6", hard=True):
     module = SeaAttention(case.channels, case.key_dim, case.heads, 2, activation, backend="cuda")
     if not hard:
         module.sigmoid = nn.Sigmoid()
-    return verify.randomise(module).to("cuda", dtype).eval()
+    return verify.randomise(module).to(device, dtype).eval()
 
 
 # --- anywhere --------------------------------------------------------------------------------
@@ -144,44 +172,37 @@ def _printed(folder, source, expressions):
     return list(map(int, done.stdout.split()))
 
 
-# --- on a GPU --------------------------------------------------------------------------------
+# --- on a GPU, and emulated ------------------------------------------------------------------
 
 LOW = (torch.float16, torch.bfloat16)
 SHAPES = [
     ("B1", 2, 7, 7), ("B1", 1, 16, 16), ("S2", 2, 15, 9), ("L2", 3, 14, 14), ("T1", 2, 33, 20),
-    ("L3", 1, 5, 64), ("YOLOv8n-P3", 1, 80, 80), ("YOLOv8s-P5", 2, 20, 20), ("B1", 9, 32, 32),
-    ("T2", 1, 1, 1), ("B2", 1, 1, 19),
+    ("L3", 1, 5, 64), ("YOLOv8s-P5", 2, 20, 20), ("T2", 1, 1, 1), ("B2", 1, 1, 19),
+    pytest.param(("YOLOv8n-P3", 1, 80, 80), marks=pytest.mark.slow),
+    pytest.param(("B1", 9, 32, 32), marks=pytest.mark.slow),
 ]  # fmt: skip
 
 
-@pytest.mark.gpu
-@on_hopper
-def test_is_compiled():
-    assert native.CUDA_REASON is None
-
-
-@pytest.mark.gpu
-@on_hopper
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_keeps_the_budget(shape, dtype):
+def test_keeps_the_budget(shape, dtype, device):
     name, b, h, w = shape
     case = CASES[name]
     sized = verify.BlockCase(b, case.channels, h, w, case.key_dim, case.heads, 2.0, "relu6")
-    verdict = verify.block_verdict(sized, "cuda", dtype, "cuda")
+    verdict = verify.block_verdict(sized, "cuda", dtype, device)
     assert verdict.ok, verdict
 
 
-@pytest.mark.gpu
-@on_hopper
 @pytest.mark.parametrize("tile", cuda.TILES, ids=lambda tile: "-".join(map(str, tile[:3])))
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("size", [(2, 16, 24), (1, 19, 13)], ids=str)
-def test_every_tile_writes_every_element_and_nothing_else(tile, channels_last, size, monkeypatch):
+def test_every_tile_writes_every_element_and_nothing_else(
+    tile, channels_last, size, device, monkeypatch
+):
     monkeypatch.setattr(cuda, "finish_tile", lambda *sizes: tile)
-    module = make(CASES["B1"], torch.float16, "relu", hard=tile.columns != 64)
+    module = make(CASES["B1"], torch.float16, device, "relu", hard=tile.columns != 64)
     b, h, w = size
-    x = torch.randn(b, 192, h, w, device="cuda", dtype=torch.float16)
+    x = torch.randn(b, 192, h, w, device=device, dtype=torch.float16)
     if channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
@@ -197,20 +218,28 @@ def test_every_tile_writes_every_element_and_nothing_else(tile, channels_last, s
     assert verdict.ok, verdict
 
 
-@pytest.mark.gpu
-@on_hopper
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("size", [(1, 12, 10), (1, 40, 36)], ids=str)
-def test_nan_and_infinity_go_where_the_reference_sends_them(value, size):
+def test_nan_and_infinity_go_where_the_reference_sends_them(value, size, device):
     case = CASES["T1"]
-    module = make(case, torch.float16)
+    module = make(case, torch.float16, device)
     b, h, w = size
-    x = torch.randn(b, case.channels, h, w, device="cuda", dtype=torch.float16)
+    x = torch.randn(b, case.channels, h, w, device=device, dtype=torch.float16)
     x[0, 3, 4, 5] = value
     with torch.no_grad():
         ours = module(x)
         theirs = ops.sea_attention(x, module._folds.get(module), "triton")
     assert torch.equal(ours.isnan(), theirs.isnan())
+
+
+# --- on a GPU --------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@on_hopper
+def test_is_compiled():
+    assert native.CUDA_REASON is None
 
 
 @pytest.mark.gpu
@@ -219,7 +248,7 @@ def test_nan_and_infinity_go_where_the_reference_sends_them(value, size):
 def test_graphs_streams_and_bits(size):
     from seaattn_kernels import graphed
 
-    module = make(CASES["B1"], torch.float16)
+    module = make(CASES["B1"], torch.float16, "cuda")
     b, h, w = size
     x = torch.randn(b, 192, h, w, device="cuda", dtype=torch.float16)
     with torch.no_grad():
@@ -244,7 +273,7 @@ def test_graphs_streams_and_bits(size):
 @on_hopper
 def test_compiles_whole():
     torch._dynamo.reset()
-    module = make(CASES["T1"], torch.float16)
+    module = make(CASES["T1"], torch.float16, "cuda")
     x = torch.randn(2, 128, 15, 8, device="cuda", dtype=torch.float16)
     with torch.no_grad():
         torch.testing.assert_close(torch.compile(module, fullgraph=True)(x), module(x))

@@ -33,28 +33,6 @@ constexpr int kWarps = kThreads / 32;
 constexpr int kAcross = 4;           // pixels of a row that a thread reads at once
 constexpr int kBlock = 4 * kAcross;  // and those of its warp
 
-// Past the first cache; zeros where not `inside`.
-template <int WORDS>
-__device__ inline void load_words(uint32_t (&x)[WORDS], const void* from, bool inside) {
-#pragma unroll
-  for (int i = 0; i < WORDS; ++i) x[i] = 0;
-  if constexpr (WORDS == 4) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %5, 0;\n"
-        "@p ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
-        : "+r"(x[0]), "+r"(x[1]), "+r"(x[2]), "+r"(x[3])
-        : "l"(from), "r"(static_cast<int>(inside))
-        : "memory");
-  } else {
-    static_assert(WORDS == 2);
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %3, 0;\n@p ld.global.cg.v2.u32 {%0, %1}, [%2];\n}"
-        : "+r"(x[0]), "+r"(x[1])
-        : "l"(from), "r"(static_cast<int>(inside))
-        : "memory");
-  }
-}
-
 // What lies where in shared memory, in bytes. After the attention the operand of the encoding takes
 // the place of everything before.
 template <int D, int E>
@@ -369,7 +347,7 @@ __device__ void axis(const T* map, const float* position, const T* encode_weight
                      const float* encode_bias, T* scratch, T* output, int B, int H, int W,
                      int heads, float most) {
   using L = Layout<D, E>;
-  extern __shared__ __align__(16) char memory[];
+  SEAATTN_SHARED_MEMORY(memory);
   const L layout(H, W, heads);
   const int head = blockIdx.x % heads, b = blockIdx.x / heads;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;

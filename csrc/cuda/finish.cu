@@ -71,12 +71,6 @@ struct Layout {
   static constexpr int kTeam = kTiles == 2 ? 128 : 256;
 };
 
-// Keeps what is computed from a value out of registers that live through the loop over jobs.
-__device__ inline int afresh(int x) {
-  asm volatile("" : "+r"(x));
-  return x;
-}
-
 // A warp walks down WALKS columns of eight pixels from (row, column) of the tile on, a lane has two
 // channels.
 template <typename T, int WALKS>
@@ -170,27 +164,13 @@ __device__ void add_axes(char* to, const char* map, const T* axis, int y0, int x
   }
 }
 
-// The warpgroup that loads leaves its registers to the others.
-template <int COUNT>
-__device__ void give_registers() {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
-#endif
-}
-template <int COUNT>
-__device__ void take_registers() {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
-#endif
-}
-
 template <typename T, int TH, int N, int PARTS, int BLOCKS>
 __device__ void finish(const T* map, const T* axis, const T* weight, const float* depthwise_weight,
                        const float* pw_bias, const float* proj_bias, T* out, const Sizes& s) {
   using L = Layout<TH, N, PARTS>;
   using P = Pair<T>;
   using Two = typename P::type;
-  extern __shared__ char unaligned[];
+  SEAATTN_SHARED_MEMORY(unaligned);
   char* shared = unaligned + (-shared_address(unaligned) & 1023);
   char *maps = shared + L::kAtMap, *weights = shared + L::kAtWeight,
        *operands = shared + L::kAtOperand, *taps = shared + L::kAtDepthwise;
@@ -205,9 +185,7 @@ __device__ void finish(const T* map, const T* axis, const T* weight, const float
       prepare(map_here + i, kArrivals), prepare(weight_here + i, kArrivals);
       prepare(map_free + i, kWorkers / 32), prepare(weight_free + i, kWorkers / 32);
     }
-#if __CUDA_ARCH__ >= 900
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-#endif
+    prepared();
   }
   const int part = blockIdx.z % PARTS, c0 = blockIdx.z / PARTS * N;
   const int across = (s.w + kWidth - 1) / kWidth;

@@ -15,75 +15,19 @@ __device__ inline int swizzled(int piece, int key) {
   return (piece ^ (key & 7)) << 4;
 }
 
-// What this thread wrote to shared memory is seen by the matrix units after the next barrier.
-__device__ inline void publish() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-#endif
-}
-
-// A barrier in shared memory, for copies and for warps.
-struct Barrier {
-  uint64_t state;
-};
-__device__ inline void prepare(Barrier* bar, int arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(bar)), "r"(arrivals));
-}
-__device__ inline void arrive(Barrier* bar) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(bar)) : "memory");
-}
-// Arrives when the copies that this thread started before are done.
-__device__ inline void arrive_after_copies(Barrier* bar) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(bar))
-               : "memory");
-}
-__device__ inline void wait(Barrier* bar, int parity) {
-  int done;
-  do {
-#if __CUDA_ARCH__ >= 900
-    asm volatile(
-        "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-        "selp.b32 %0, 1, 0, p;\n}"
-        : "=r"(done)
-        : "r"(shared_address(bar)), "r"(parity)
-        : "memory");
-#else
-    asm volatile(
-        "{\n.reg .pred p;\nmbarrier.test_wait.parity.shared.b64 p, [%1], %2;\n"
-        "selp.b32 %0, 1, 0, p;\n}"
-        : "=r"(done)
-        : "r"(shared_address(bar)), "r"(parity)
-        : "memory");
-#endif
-  } while (!done);
-}
 // The 128 threads of a warpgroup copy `bytes`, a multiple of 16, and arrive kArrivals times in all
 // once these, and what they copied before, are there.
 constexpr int kArrivals = 129;
 __device__ inline void copy_whole(void* to, const void* from, int bytes, Barrier* bar) {
   const int thread = threadIdx.x % 128;
 #if __CUDA_ARCH__ >= 900
-  if (thread == 0) {
-    asm volatile(
-        "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(bar)),
-        "r"(bytes)
-        : "memory");
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
-            "r"(shared_address(to)),
-        "l"(from), "r"(bytes), "r"(shared_address(bar))
-        : "memory");
-  }
+  if (thread == 0) copy_bulk(to, from, bytes, bar);
 #else
   for (int i = thread * 16; i < bytes; i += 128 * 16)
     copy_async(static_cast<char*>(to) + i, static_cast<const char*>(from) + i, true);
   if (thread == 0) arrive(bar);
 #endif
   arrive_after_copies(bar);
-}
-// Among the warps of `threads` threads.
-__device__ inline void meet(int id, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 // The products of a warpgroup: 64 rows of `a` by N rows of `b`, over the 64 channels of both.
@@ -97,16 +41,6 @@ __device__ inline uint64_t descriptor(uint32_t address) {
   return ((address & 0x3FFFF) >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62);
 }
 
-__device__ inline void products_begin() {
-  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-}
-__device__ inline void products_end() {
-  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-}
-__device__ inline void products_wait() {
-  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-}
-
 // Starts `d = a b`, or `d += a b` where `add`.
 template <typename T, int R>
 __device__ void product(float (&d)[R], const char* a, const char* b, bool add) {
@@ -117,16 +51,6 @@ __device__ void product(float (&d)[R], const char* a, const char* b, bool add) {
 }
 
 #else
-
-__device__ inline void products_begin() {}
-__device__ inline void products_end() {}
-__device__ inline void products_wait() {}
-
-__device__ inline void load_matrices(uint32_t (&r)[4], const char* at) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(at)));
-}
 
 template <typename T, int R>
 __device__ void product(float (&d)[R], const char* a, const char* b, bool add) {

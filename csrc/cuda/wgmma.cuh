@@ -3,9 +3,28 @@
 // of results that a thread holds.
 #pragma once
 
-#include "common.cuh"
+#include "ptx.cuh"
+
+#ifdef __CUDACC__  // another compiler takes them from where ptx.cuh does
 
 namespace seaattn {
+
+// Around products that start together. Their results are there after `products_wait`.
+__device__ inline void products_begin() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#endif
+}
+__device__ inline void products_end() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+#endif
+}
+__device__ inline void products_wait() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+#endif
+}
 
 // clang-format off
 #define SEAATTN_WGMMA_32(TYPE)                                                                    \
@@ -89,3 +108,5 @@ __device__ void wgmma(float (&d)[64], uint64_t a, uint64_t b, int add) {
 // clang-format on
 
 }  // namespace seaattn
+
+#endif
