@@ -565,6 +565,16 @@ def test_a_fold_is_not_copied_pickled_or_shared():
     assert b"BlockWeights" not in pickle.dumps(block)
 
 
+def test_folded_weights_can_be_copied_and_pickled():
+    block = make(torch.float32)
+    with torch.no_grad():
+        folded = block._folds.get(block)
+        expected = ops.sea_attention(X.float(), folded)
+        for twin in (copy.deepcopy(folded), pickle.loads(pickle.dumps(folded))):
+            assert not twin.calls
+            assert torch.equal(ops.sea_attention(X.float(), twin), expected)
+
+
 def test_a_replica_folds_its_own_weights():
     """What DataParallel does: the replica's parameters are plain attributes."""
     block = make()

@@ -281,6 +281,11 @@ PyObject* repeat_call(PyObject* self, PyObject* const* arguments, Py_ssize_t cou
   END_HANDLE_TH_ERRORS
 }
 
+// A copy starts empty.
+PyObject* reduce_calls(PyObject* self, PyObject*) {
+  return Py_BuildValue("(O(n))", Py_TYPE(self), reinterpret_cast<Calls*>(self)->most);
+}
+
 Py_ssize_t count_calls(PyObject* self) {
   return reinterpret_cast<Calls*>(self)->calls->size();
 }
@@ -310,6 +315,7 @@ PyType_Spec watch_spec = {"seaattn_kernels._C.Watch", sizeof(Watch), 0,
 PyMethodDef calls_methods[] = {
     {"keep", keep_call, METH_VARARGS, nullptr},
     {"repeat", reinterpret_cast<PyCFunction>(slot(repeat_call)), METH_FASTCALL, nullptr},
+    {"__reduce__", reduce_calls, METH_NOARGS, nullptr},
     {}};
 PyType_Slot calls_slots[] = {{Py_tp_new, slot(new_calls)},
                              {Py_tp_dealloc, slot(free_calls)},
