@@ -102,7 +102,8 @@ def test_a_source_distribution_has_what_a_build_and_the_tests_need(source, tmp_p
         names = {name.partition("/")[2] for name in archive.getnames()}
     for folder in ("seaattn_kernels", "csrc", "tests", "bench", "docs", "examples"):
         for file in (ROOT / folder).rglob("*"):
-            hidden = {"__pycache__", "results"} & set(file.parts) or file.suffix in (".so", ".pyc", ".fatbin")
+            built_here = file.suffix in (".so", ".pyc", ".fatbin")
+            hidden = built_here or {"__pycache__", "results"} & set(file.parts)
             if file.is_file() and not hidden:
                 assert file.relative_to(ROOT).as_posix() in names
     assert {
