@@ -49,10 +49,10 @@ SCHEMAS = {
     "moments": "(Tensor y) -> (Tensor, Tensor)",
     "axial_moments": "(Tensor y) -> (Tensor, Tensor, Tensor, Tensor)",
     "normalize_affine": (
-        "(Tensor mean, Tensor deviations, Tensor? weight, Tensor? bias, int count, float eps) "
+        "(Tensor mean, Tensor deviations, Tensor? weight, Tensor? bias, SymInt count, float eps) "
         "-> (Tensor, Tensor, Tensor)"
     ),
-    "normalize_terms": "(Tensor sums, Tensor inverse, int count) -> (Tensor, Tensor)",
+    "normalize_terms": "(Tensor sums, Tensor inverse, SymInt count) -> (Tensor, Tensor)",
     "normalize": f"(Tensor y, Tensor affine, {_AXES}, {_ACTIVATION}) -> Tensor",
     "normalize_sums": (
         f"(Tensor gradient, Tensor y, Tensor affine, {_AXES}, {_ACTIVATION}) -> Tensor"
