@@ -8,6 +8,7 @@ import eager_blocks
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from seaattn_kernels import SeaAttention, budget, ops, reference, replace_sea_attention, verify
@@ -409,6 +410,17 @@ def test_second_derivatives(mode):
         first.square().sum().backward()
         found.append({name: p.grad.clone() for name, p in block.named_parameters()})
     assert_same(*found, tolerance=1e-9)
+
+
+def test_a_compiled_step_takes_maps_of_any_size():
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(make(torch.float32), fullgraph=True, dynamic=True, backend=counter)
+    graphs = set()
+    for size in ((5, 4), (7, 9), (16, 3)):
+        compiled(torch.randn(2, 16, *size)).sum().backward()
+        graphs.add(counter.frame_count)
+    assert len(graphs) == 1
 
 
 def test_a_compiled_step_in_half_precision():

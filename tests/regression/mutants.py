@@ -477,6 +477,14 @@ TRITON = (
         "no_error_has_grown and normalize_backward and triton",
     ),
     Mutant(
+        "biased-running-variance-triton",
+        _KERNELS + "normalize.py",
+        "deviations / (count - 1.0), mask",
+        "deviations / count, mask",
+        "running averages take the biased variance",
+        "test_stage and normalize_affine and triton",
+    ),
+    Mutant(
         "halo-on-the-left",
         _KERNELS + "depthwise.py",
         "left = load_normalized(y_ptr - y_w, here & (w > 0) & (w <= W), mean, scale, shift)",
@@ -614,6 +622,22 @@ CPU = (
         "squares[task * channels + c];",
         "the variance between groups of pixels is lost",
         "no_error_has_grown and moments and cpu",
+    ),
+    Mutant(
+        "eps-beside-the-root",
+        _CPU + "training.cpp",
+        "1.0 / std::sqrt(squares[c] / static_cast<double>(count) + eps)",
+        "1.0 / (std::sqrt(squares[c] / static_cast<double>(count)) + eps)",
+        "eps is added to the deviation, not to the variance",
+        "test_stage and normalize_affine and cpu",
+    ),
+    Mutant(
+        "variance-of-the-gradient",
+        _CPU + "training.cpp",
+        "gradient * factor[c] * share",
+        "gradient * share",
+        "the term of the variance is divided by the deviation once",
+        "test_stage and normalize_terms and cpu",
     ),
     Mutant(
         "taps-not-mirrored",
