@@ -127,23 +127,36 @@ def reduce(sums: Tensor, group: "ProcessGroup | None") -> Tensor:
     return total.to(sums.dtype)
 
 
+#: A layer that averages, and the mean and the unbiased variance of its batch.
+_Move = tuple[nn.Module, Tensor, Tensor]
+
+
 @torch.no_grad()
 def update(batches: Sequence[tuple[Rule, Tensor, Tensor]]) -> None:
     """Move the running averages towards the statistics of a batch, as the layers would.
 
     Of each map its rule, the means and the unbiased variances.
     """
-    moved: list[tuple[nn.Module, Tensor, Tensor]] = []
+    left: list[_Move] = []
     for rule, mean, unbiased in batches:
         widths = [layer.num_features for layer in rule.layers]
         parts = zip(rule.layers, mean.split(widths), unbiased.split(widths), strict=True)
-        moved += [part for part in parts if part[0].training and part[0].track_running_stats]
-    counts = [layer.num_batches_tracked for layer, _, _ in moved]
+        left += [part for part in parts if part[0].training and part[0].track_running_stats]
+    # A layer that stands in two places moves twice, the second time from where the first left it.
+    while left:
+        layers = [layer for layer, _, _ in left]
+        again = [layer in layers[:place] for place, layer in enumerate(layers)]
+        _move([part for part, later in zip(left, again, strict=True) if not later])
+        left = [part for part, later in zip(left, again, strict=True) if later]
+
+
+def _move(parts: Sequence[_Move]) -> None:
+    """Those of one momentum together: on a GPU one launch."""
+    counts = [layer.num_batches_tracked for layer, _, _ in parts]
     if counts := [count for count in counts if count is not None]:
         torch._foreach_add_(counts, 1)
-    # Those of one momentum together: on a GPU one launch.
     by_factor: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
-    for layer, mean, unbiased in moved:
+    for layer, mean, unbiased in parts:
         if layer.running_mean is None:
             continue
         averages = layer.running_mean, layer.running_var

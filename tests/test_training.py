@@ -194,6 +194,12 @@ def _other_eps(block):
     block.to_v.bn.eps = 0.1
 
 
+def _one_of_two(block):
+    """One layer for two maps: both count, one after the other."""
+    block.to_k.bn = block.to_q.bn
+    _cumulative(block)
+
+
 def _no_gradients(block):
     for name, parameter in block.named_parameters():
         parameter.requires_grad_("bn" not in name and "to_q" not in name)
@@ -201,7 +207,7 @@ def _no_gradients(block):
 
 CHANGES = [
     _cumulative, _other_numbers, _untracked, _plain, _one_plain, _frozen, _frozen_parts,
-    _frozen_queries, _other_eps, _no_gradients,
+    _frozen_queries, _other_eps, _one_of_two, _no_gradients,
 ]  # fmt: skip
 
 
