@@ -386,7 +386,7 @@ def attend_block(n: int, head: int, direct: bool) -> tuple[int, int]:
 
     ``n``: the longer axis; ``head``: D + E, padded; ``direct``: whether it averages the map.
     """
-    block = 16 if n <= 16 else 32
+    block = 16 if n <= 16 or head > 128 else 32
     return block, 4 if head <= 128 and (block == 16 or not direct) else 8
 
 
@@ -469,7 +469,7 @@ def sea_attention(
             row, column, position, attended, h, w, projected, strips, bands, row_programs, rows,
             heads, key_dim**-0.5, negative_slope,
             D=key_dim, E=value_dim, BLOCK=block, BLOCK_D=block_d, BLOCK_E=block_e,
-            BLOCK_T=8 if way == "direct" else 4, DIRECT=way == "direct", ACTIVATION=activation,
+            BLOCK_T=8 if way == "direct" and block_d + block_e <= 128 else 4, DIRECT=way == "direct", ACTIVATION=activation,
             PRECISION=of_axes, num_warps=warps, num_stages=1, **all_registers(x),
         )  # fmt: skip
 

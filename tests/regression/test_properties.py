@@ -39,6 +39,8 @@ def _programs(monkeypatch):
     for module in (squeeze, normalize, depthwise):
         monkeypatch.setattr(module, "multiprocessors", lambda device: 8)
     monkeypatch.setattr(squeeze, "bands", lambda *sizes: 2)
+    lines = squeeze.lines  # of up to 32 rows: most maps here would be one band
+    monkeypatch.setattr(squeeze, "lines", lambda *sizes: lines(*sizes)._replace(h=4))
 
 
 @pytest.fixture(autouse=True)
