@@ -381,13 +381,15 @@ def product_tile(
     return found
 
 
-def attend_block(n: int, head: int, direct: bool) -> tuple[int, int]:
-    """Of a program of attend: its queries, and keys at a time, and its warps.
+def attend_block(n: int, head: int, direct: bool) -> tuple[int, int, int]:
+    """Of a program of attend: its queries, and keys at a time; lines or parts at a time; warps.
 
     ``n``: the longer axis; ``head``: D + E, padded; ``direct``: whether it averages the map.
     """
-    block = 16 if n <= 16 or head > 128 else 32
-    return block, 4 if head <= 128 and (block == 16 or not direct) else 8
+    if head > 128:
+        return 16, 4, 8
+    block = 16 if n <= 16 else 32
+    return block, 8 if direct else 4, 4 if block == 16 or not direct else 8
 
 
 def carve(x: Tensor, *sizes: int) -> tuple[Tensor, ...]:
@@ -462,15 +464,15 @@ def sea_attention(
 
     def attend(row: Tensor, column: Tensor, attended: Tensor, strips: int, bands: int) -> None:
         block_d, block_e = power_of_2(key_dim, least=16), power_of_2(value_dim, least=16)
-        block, warps = attend_block(max(h, w), block_d + block_e, way == "direct")
+        block, terms, warps = attend_block(max(h, w), block_d + block_e, way == "direct")
         row_programs, others = (b * heads * cdiv(n, block) for n in (h, w))
         launch(
             attend_kernel, row_programs + others,
             row, column, position, attended, h, w, projected, strips, bands, row_programs, rows,
             heads, key_dim**-0.5, negative_slope,
             D=key_dim, E=value_dim, BLOCK=block, BLOCK_D=block_d, BLOCK_E=block_e,
-            BLOCK_T=8 if way == "direct" and block_d + block_e <= 128 else 4, DIRECT=way == "direct", ACTIVATION=activation,
-            PRECISION=of_axes, num_warps=warps, num_stages=1, **all_registers(x),
+            BLOCK_T=terms, DIRECT=way == "direct", ACTIVATION=activation, PRECISION=of_axes,
+            num_warps=warps, num_stages=1, **all_registers(x),
         )  # fmt: skip
 
     def encode(attended: Tensor, encoded: Tensor) -> None:
