@@ -1,4 +1,4 @@
-// Tensor checks and registration of the CPU operators. The schemas are defined in ops.py.
+// Tensor checks and registration of the CPU operators. The schemas are defined in overloads.py.
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
